@@ -1,0 +1,579 @@
+"""GPT-2 by hand, with the names and the weight layout of OpenAI's checkpoints, and what a training script needs around it:
+safetensors in and out, device and precision, optimizer groups, learning-rate schedule, evaluation in padded batches."""
+import contextlib
+import hashlib
+import json
+import math
+import mmap
+import os
+import signal
+import struct
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+from data import UserError
+
+# ------------------------------------------------------------------------------------------------------------- shapes
+
+@dataclass
+class Config:
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int = 1024      # positions the model knows
+    vocab_size: int = 50257     # GPT-2's tokens; 257 = bytes + <|endoftext|>, the demo's
+
+
+SHAPES = {
+    'gpt2': Config(12, 12, 768),            # 124M
+    'gpt2-medium': Config(24, 16, 1024),    # 350M
+    'gpt2-large': Config(36, 20, 1280),     # 774M
+    'gpt2-xl': Config(48, 25, 1600),        # 1558M
+    'distilgpt2': Config(6, 12, 768),       # 82M
+    'nano': Config(4, 4, 128, 256, 257),    # 0.9M, bytes: made here for the demo, see pretrain_nano
+}
+HUB_NAMES = {name: ('distilbert/' if name == 'distilgpt2' else 'openai-community/') + name for name in SHAPES if name != 'nano'}
+
+# -------------------------------------------------------------------------------------------------------------- model
+
+class Conv1D(nn.Module):
+    """y = x W + b with W stored (in, out), as in OpenAI's checkpoints; nn.Linear stores (out, in)."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_in, n_out))
+        self.bias = nn.Parameter(torch.empty(n_out))
+
+    def forward(self, x):                                           # (..., in) -> (..., out)
+        return F.linear(x, self.weight.t(), self.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.n_head = cfg.n_head
+        self.c_attn = Conv1D(cfg.n_embd, 3 * cfg.n_embd)
+        self.c_proj = Conv1D(cfg.n_embd, cfg.n_embd)
+        self.dropout = 0.0                                          # GPT.set_dropout
+        self.resid_drop = nn.Dropout(0.0)
+
+    def forward(self, x):                                           # (B, T, C)
+        B, T, C = x.shape
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))  # (B, H, T, C/H)
+        if x.device.type == 'cpu' and torch.is_grad_enabled():       # the CPU kernel's backward is four times slower in bfloat16
+            q, k, v = q.float(), k.float(), v.float()
+        with torch.autocast(x.device.type, enabled=False):           # else autocast would round q, k, v again
+            # Causal, and pads stand on the right: no real token can see a pad, so no padding mask is needed.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return self.resid_drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.c_fc = Conv1D(cfg.n_embd, 4 * cfg.n_embd)
+        self.c_proj = Conv1D(4 * cfg.n_embd, cfg.n_embd)
+        self.resid_drop = nn.Dropout(0.0)
+
+    def forward(self, x):
+        # The tanh form is the one GPT-2 was trained with; the exact GELU is 1e-3 off in the logits.
+        return self.resid_drop(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(cfg.n_embd, eps=1e-5)
+        self.attn = Attention(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd, eps=1e-5)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019). With num_labels > 0 it has a class head `score`, linear and without bias as in transformers'
+    GPT2ForSequenceClassification. The language-model head is tied to wte. Weights come from load() or init_weights()."""
+
+    def __init__(self, cfg, num_labels=0):
+        super().__init__()
+        self.cfg = cfg
+        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
+        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.drop = nn.Dropout(0.0)
+        self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.ln_f = nn.LayerNorm(cfg.n_embd, eps=1e-5)
+        if num_labels:
+            self.score = nn.Linear(cfg.n_embd, num_labels, bias=False)
+        self.register_parameter('prompt', None)                     # (N, C) learned vectors in front of every text: lora.add_prompt
+        self.masters = {}                                           # float32 originals of weights that place() stored in half precision
+
+    @property
+    def end(self):
+        """Id of <|endoftext|>: the last of the vocabulary, here as in OpenAI's. No text holds it, so it serves as the pad id."""
+        return self.cfg.vocab_size - 1
+
+    def trunk(self, ids):
+        """ids (B, T) int64 -> states before the last LayerNorm (B, N + T, C), N = number of prompt vectors (0 without)."""
+        x = self.wte(ids).float()                                   # (B, T, C); the residual stream is float32 in every precision
+        if self.prompt is not None:
+            x = torch.cat((self.prompt.expand(len(ids), -1, -1), x), dim=1)
+        assert x.shape[1] <= self.cfg.block_size, 'callers cut texts to the block size'
+        x = self.drop(x + self.wpe.weight[:x.shape[1]])
+        for block in self.h:
+            x = block(x)
+        return x
+
+    def hidden(self, ids, lengths=None):
+        """ids (B, T) int64, right-padded -> final states (B, T, C), prompt positions left out. States at and after a row's length are
+        those of pads; `lengths` is accepted so that every method of the model is called alike."""
+        x = self.ln_f(self.trunk(ids))
+        return x[:, x.shape[1] - ids.shape[1]:]
+
+    def lm_logits(self, ids):
+        """ids (B, T) int64 -> next-token logits (B, T, V)."""
+        return F.linear(self.hidden(ids), self.wte.weight)
+
+    def classify(self, ids, lengths):
+        """ids (B, T) int64 right-padded, lengths (B,) int64 >= 1 -> logits (B, K), read at each text's last real token: by its length,
+        never by looking for pad ids, so the logits of a text do not depend on what it was padded with or how far."""
+        x = self.trunk(ids)
+        last = x.shape[1] - ids.shape[1] + lengths - 1              # (B,) the prompt shifts positions
+        return self.score(self.ln_f(x[torch.arange(len(ids), device=ids.device), last]))
+
+    forward = classify
+
+    def set_dropout(self, p):
+        """GPT-2's own dropout (embedding, attention, residual), share of values dropped in training."""
+        for m in self.modules():
+            if isinstance(m, Attention):
+                m.dropout = p
+            if isinstance(m, (Attention, MLP)):
+                m.resid_drop.p = p
+        self.drop.p = p
+
+    def init_weights(self, generator=None):
+        """Random weights as GPT-2 was started: normal 0.02, residual projections divided by sqrt(2 L), biases 0."""
+        for name, p in self.named_parameters():
+            if name.endswith('bias'):
+                nn.init.zeros_(p)
+            elif '.ln_' in name or name.startswith('ln_'):
+                nn.init.ones_(p)
+            else:
+                std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if name.endswith('c_proj.weight') else 0.02
+                nn.init.normal_(p, 0.0, std, generator=generator)
+        return self
+
+    @classmethod
+    def load(cls, where, num_labels=0, new_head=False, data_dir=None):
+        """A model from a published name ('gpt2', ...), 'nano', or a folder with model.safetensors (sharded too) or pytorch_model.bin.
+
+        num_labels: rows of the class head, 0 = none; new_head: a fresh head (normal 0.02) even if the file has one.
+        Float32 weights are memory-mapped: loading costs no more than reading them, when they are read.
+        Raises UserError when a tensor is missing, unexpected or of another shape (all are listed); never loads a part in silence."""
+        folder = model_folder(where, data_dir)
+        tensors = {}
+        for path in weight_files(folder):
+            for name, t in (load_safetensors(path) if path.endswith('.safetensors') else load_bin(path)).items():
+                tensors[name[len('transformer.'):] if name.startswith('transformer.') else name] = t
+        tensors = {n: t for n, t in tensors.items() if not n.endswith(('.attn.bias', '.attn.masked_bias'))}  # mask buffers, not weights
+        if 'lm_head.weight' in tensors:                             # some tools store the tied head a second time
+            head = tensors.pop('lm_head.weight')
+            if not torch.equal(head, tensors.get('wte.weight', head)):
+                raise UserError(f'{folder}: lm_head.weight differs from wte.weight, but GPT-2 ties them; nanocls cannot load an untied head')
+        if new_head or not num_labels:
+            tensors.pop('score.weight', None)
+        cfg = read_config(folder, tensors, where)
+        with torch.device('meta'):
+            model = cls(cfg, num_labels)
+        if num_labels and new_head:
+            tensors['score.weight'] = torch.empty(num_labels, cfg.n_embd).normal_(0.0, 0.02)
+        want = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        bad = [f'{n} is missing' for n in want if n not in tensors] + [f'{n} is unexpected' for n in tensors if n not in want] + \
+              [f'{n} is {tuple(tensors[n].shape)} where {s} belongs' for n, s in want.items() if n in tensors and tuple(tensors[n].shape) != s]
+        if bad:
+            raise UserError(f'{folder} does not hold a GPT-2 of {cfg}: ' + '; '.join(bad[:8]) + (f'; and {len(bad) - 8} more' if len(bad) > 8 else ''))
+        model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=True, assign=True)
+        for p in model.parameters():                                # assign=True takes over the flag of the plain tensors
+            p.requires_grad_(True)
+        return model
+
+    def float32_state(self):
+        """{name: float32 CPU tensor} of the plain GPT-2 weights; those that place() rounded come back as they were loaded."""
+        return {n: self.masters[n] if n in self.masters else p.detach().float().cpu() for n, p in self.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------------------- files of a model
+
+DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
+          'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool}
+DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
+
+
+def load_safetensors(path):
+    """{name: tensor} of a safetensors file, memory-mapped copy-on-write (changing a tensor never changes the file).
+    Raises UserError if the header does not describe exactly the bytes that follow it."""
+    def broken(why):
+        return UserError(f'{path} is not a whole safetensors file ({why}); delete it and fetch or train it again')
+    try:
+        with open(path, 'rb') as f:
+            size = os.fstat(f.fileno()).st_size
+            n = struct.unpack('<Q', f.read(8))[0] if size >= 8 else -1
+            if not 2 <= n <= min(size - 8, 100_000_000):            # the format's own limit on a header
+                raise broken('its header length is wrong')
+            header = json.loads(f.read(n))
+            raw = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (ValueError, RecursionError):
+        raise broken('its header is not JSON')
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e.strerror}')
+    if not isinstance(header, dict):
+        raise broken('its header is no object')
+    header.pop('__metadata__', None)
+    tensors, spans = {}, []
+    for name, info in header.items():
+        try:
+            dtype, shape, (start, end) = DTYPES[info['dtype']], info['shape'], info['data_offsets']
+            count = math.prod(shape)
+            sane = all(type(v) is int and v >= 0 for v in [*shape, start, end])
+        except (KeyError, TypeError, ValueError):
+            raise broken(f'entry {name!r} is malformed or of an unknown dtype')
+        item = torch.empty(0, dtype=dtype).element_size()
+        if not sane or end - start != count * item or end > size - 8 - n:
+            raise broken(f'entry {name!r} does not fit the file')
+        spans.append((start, end))
+        if not count:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            continue
+        offset = 8 + n + start
+        t = torch.frombuffer(raw, dtype=torch.uint8, count=end - start, offset=offset)
+        tensors[name] = (t.view(dtype) if offset % item == 0 else t.clone().view(dtype)).view(shape)
+    spans.sort()
+    if any(a[1] != b[0] for a, b in zip([(0, 0)] + spans, spans + [(size - 8 - n, 0)])):
+        raise broken('its tensors overlap or leave holes')
+    return tensors
+
+
+def save_safetensors(path, tensors):
+    """Write {name: tensor} as safetensors, whole or not at all (temporary file, then rename)."""
+    header, at = {'__metadata__': {'format': 'pt'}}, 0
+    for name, t in tensors.items():
+        size = t.numel() * t.element_size()
+        header[name] = {'dtype': DTYPE_NAMES[t.dtype], 'shape': list(t.shape), 'data_offsets': [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)                                 # so that the tensors are aligned in the file
+
+    def write(f):
+        f.write(struct.pack('<Q', len(text)) + text)
+        for t in tensors.values():
+            if t.numel():
+                f.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    data.write_atomic(path, write)
+
+
+def load_bin(path):
+    """{name: tensor} of a pytorch_model.bin; weights_only, so no code of the file is ever run."""
+    try:
+        tensors = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except OSError as e:
+        raise UserError(f'cannot read {path}: {e.strerror or e}')
+    except Exception as e:                                          # torch raises half a dozen types for files that are no checkpoint
+        raise UserError(f'{path} is not a checkpoint that can be read without running code from it ({type(e).__name__}); '
+                        'save it again as model.safetensors')
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise UserError(f'{path} does not hold a plain dictionary of tensors')
+    return tensors
+
+
+def model_folder(where, data_dir=None):
+    """The folder that holds the weights of a published name (downloaded if need be), 'nano' (made if need be), or a folder itself."""
+    if where == 'nano':
+        return pretrain_nano()
+    if where in HUB_NAMES and not os.path.isdir(where):
+        return os.path.dirname(data.weights(where, data_dir))
+    if not os.path.isdir(where):
+        raise UserError(f'--model {where}: no such folder, and not one of {", ".join(SHAPES)}')
+    return where
+
+
+def weight_files(folder):
+    """Paths of the file or shards that hold a folder's weights."""
+    for name in ('model.safetensors', 'pytorch_model.bin'):
+        if os.path.isfile(os.path.join(folder, name)):
+            return [os.path.join(folder, name)]
+        index = os.path.join(folder, name + '.index.json')
+        if os.path.isfile(index):
+            weight_map = data.read_json(index).get('weight_map')
+            shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+            for s in shards:
+                if not isinstance(s, str) or os.path.basename(s) != s or not os.path.isfile(os.path.join(folder, s)):
+                    raise UserError(f'{index} names {s!r}, which is not a file of that folder')
+            if shards:
+                return [os.path.join(folder, s) for s in shards]
+    if os.path.isfile(os.path.join(folder, 'adapter_config.json')):
+        raise UserError(f'{folder} holds an adapter, not a whole model; name its base model here, or export the adapter merged first')
+    raise UserError(f'{folder} holds no model.safetensors (or its shards with an index) and no pytorch_model.bin')
+
+
+def base_sha256(folder):
+    """One sha256 (hex) over the weight files of a folder, in order."""
+    sums = [data.sha256_file(path) for path in weight_files(folder)]
+    return sums[0] if len(sums) == 1 else hashlib.sha256(''.join(sums).encode()).hexdigest()
+
+
+def read_config(folder, tensors, where):
+    """Config from config.json; without one, from a published name or from tensor shapes that match a published model."""
+    path = os.path.join(folder, 'config.json')
+    if not os.path.isfile(path):
+        layers = {n.split('.')[1] for n in tensors if n.startswith('h.')}
+        width = tensors['wte.weight'].shape[-1] if 'wte.weight' in tensors else 0
+        for name, cfg in SHAPES.items():
+            if where == name or (where not in SHAPES and (cfg.n_layer, cfg.n_embd) == (len(layers), width)):
+                return cfg
+        raise UserError(f'{folder} has no config.json, and its {len(layers)} layers of width {width} match no published GPT-2, so the number of heads is unknown')
+    c = data.read_json(path)
+    for key, value in dict(model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5, n_inner=None, scale_attn_weights=True,
+                           scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True).items():
+        if c.get(key, value) != value and not (key == 'n_inner' and c[key] == 4 * c.get('n_embd', 0)):
+            raise UserError(f'{path}: {key} is {c[key]!r}, but this model is GPT-2, where it is {value!r}')
+    try:
+        sizes = [c['n_layer'], c['n_head'], c['n_embd'], c.get('n_positions', c.get('n_ctx')), c['vocab_size']]
+    except KeyError as e:
+        raise UserError(f'{path} lacks {e}')
+    if not all(type(s) is int and 0 < s < 10**7 for s in sizes) or sizes[2] % sizes[1] or sizes[0] > 1000:
+        raise UserError(f'{path}: the sizes of the model make no sense: (n_layer, n_head, n_embd, n_positions, vocab_size) = {tuple(sizes)}')
+    return Config(*sizes)
+
+
+def save_hf(folder, model, labels=None, state=None):
+    """Write config.json and model.safetensors as transformers expects them: GPT2ForSequenceClassification with the class names when
+    labels are given, GPT2LMHeadModel otherwise. state: {name: tensor} to write instead of the model's own (a merged one, say)."""
+    cfg = model.cfg
+    config = dict(model_type='gpt2', architectures=['GPT2ForSequenceClassification' if labels else 'GPT2LMHeadModel'],
+                  vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head,
+                  activation_function='gelu_new', layer_norm_epsilon=1e-5, bos_token_id=model.end, eos_token_id=model.end)
+    if labels:
+        config.update(pad_token_id=model.end, id2label={str(i): s for i, s in enumerate(labels)}, label2id={s: i for i, s in enumerate(labels)})
+    state = state or model.float32_state()
+    save_safetensors(os.path.join(folder, 'model.safetensors'),
+                     {n if n == 'score.weight' else 'transformer.' + n: t for n, t in state.items()})
+    data.write_json(os.path.join(folder, 'config.json'), config)
+
+
+# -------------------------------------------------------------------------------------------------- device and precision
+
+def cpu_has_bf16():
+    """Does this processor multiply bfloat16 natively (AVX512-BF16 or AMX)? Emulated bf16 is slower than float32."""
+    checks = (getattr(torch.cpu, '_is_avx512_bf16_supported', None), getattr(torch.cpu, '_is_amx_tile_supported', None))
+    return any(check is not None and check() for check in checks)
+
+
+def pick_device(device='auto', dtype='auto'):
+    """-> (torch.device, torch.dtype of the matrix products, the reason in words). Raises UserError for what this machine cannot do."""
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f'--device {device}: {str(e).splitlines()[0]}')
+    if dtype != 'auto':
+        if dtype == 'fp16' and device.type == 'cpu':
+            raise UserError('--dtype fp16 needs a GPU; use bf16 or fp32 on a CPU')
+        return device, dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[dtype], 'as asked'
+    if device.type == 'cuda':
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return device, torch.bfloat16, 'this GPU multiplies bfloat16 natively'
+        return device, torch.float16, 'this GPU has no native bfloat16; gradients are scaled'
+    if device.type == 'cpu' and cpu_has_bf16():
+        return device, torch.bfloat16, 'this CPU multiplies bfloat16 natively'
+    return device, torch.float32, 'no native bfloat16 here' if device.type == 'cpu' else 'the exact choice on ' + device.type
+
+
+def autocast(device, dtype):
+    """The context in which the model computes: torch.autocast, or nothing in float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def place(model, device, dtype):
+    """Move a model to the device. Frozen matrices and embeddings are stored in the compute precision (autocast would cast them in every
+    step); what trains, LayerNorm's few vectors and the prompt stay float32. The float32 originals of rounded weights are kept in model.masters:
+    they are still mapped from the file, so they cost no memory until they are saved."""
+    keep = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()} | {model.prompt}
+    for name, p in model.named_parameters():
+        if dtype != torch.float32 and not p.requires_grad and p not in keep:
+            model.masters[name] = p.data
+            p.data = p.data.to(device, dtype)
+        else:
+            p.data = p.data.to(device)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- optimizer and schedule
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW over what trains, fused where there is one. Biases, LayerNorm, embeddings and prompt vectors are not decayed."""
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()} | {model.prompt}
+    train = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in train if p.dim() >= 2 and p not in embeddings]
+    rest = [p for p in train if p.dim() < 2 or p in embeddings]
+    groups = [dict(params=ps, weight_decay=wd) for ps, wd in ((decay, weight_decay), (rest, 0.0)) if ps]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=train[0].device.type in ('cuda', 'cpu'))
+
+
+def lr_at(step, max_steps, lr, warmup, schedule):
+    """Learning rate of a step (0 is the first): linear warm-up over `warmup` (share of all steps), then linear or cosine to 0, or constant."""
+    n = math.ceil(warmup * max_steps)
+    if step < n:
+        return lr * (step + 1) / n
+    x = (step - n) / max(1, max_steps - n)                          # 0 .. 1
+    return lr * {'linear': 1 - x, 'cosine': 0.5 * (1 + math.cos(math.pi * x)), 'constant': 1.0}[schedule]
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def class_logits(model, tokens, max_length, truncate, device, dtype, batch_tokens=None, progress=False):
+    """Logits (N, K) float32 of every text of `tokens` (data.Tokens), in their order. Texts are run longest first (an out-of-memory comes
+    at once, and neighbours have nearly the same length: hardly any padding), as many at a time as fit `batch_tokens` padded tokens."""
+    batch_tokens = batch_tokens or (2048 if device.type == 'cpu' else 65536)    # a CPU's cache; what fills a GPU
+    lengths = np.minimum(tokens.lengths, max_length)
+    order = np.argsort(-lengths, kind='stable')
+    was_training = model.training
+    model.eval()
+    parts, at = [], 0
+    while at < len(order):
+        index = order[at:at + max(1, batch_tokens // int(lengths[order[at]]))]
+        ids, n = data.collate(tokens, index, max_length, truncate, model.end, device)
+        with autocast(device, dtype):
+            parts.append(model(ids, n).float())
+        at += len(index)
+        if progress and sys.stderr.isatty():
+            print(f'\r{at:,} of {len(order):,} texts ', end='\n' if at == len(order) else '', file=sys.stderr, flush=True)
+    model.train(was_training)
+    logits = torch.cat(parts).cpu().numpy()
+    out = np.empty_like(logits)
+    out[order] = logits
+    return out
+
+
+# ------------------------------------------------------------------------------------------- what a training run keeps
+
+@contextlib.contextmanager
+def finish_step_on_interrupt():
+    """Ctrl-C or SIGTERM inside: the list it gives becomes true, and the loop ends after the step it is in. A second Ctrl-C ends at once."""
+    caught = []
+
+    def note(signum, frame):
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(signum)
+        print('\ninterrupted: finishing this step, then saving (once more to end at once without saving)', file=sys.stderr)
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def save_resume(out, args, step, best, params, opt, scaler):
+    """Write out/resume.pt: all that the rest of the run depends on, in types that weights_only loads. Batches are a pure function of seed
+    and step, and the best weights lie in the run folder already."""
+    state = dict(args=dict(vars(args)), step=step, best=best, params={n: p.detach() for n, p in params.items()}, opt=opt.state_dict(),
+                 scaler=scaler.state_dict(), rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    data.write_atomic(os.path.join(out, 'resume.pt'), lambda f: torch.save(state, f))
+
+
+def load_resume(out):
+    """The state that save_resume wrote."""
+    path = os.path.join(out, 'resume.pt')
+    if not os.path.isfile(path):
+        raise UserError(f'--resume: {out} holds no interrupted run (no resume.pt)')
+    try:
+        return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e:                                          # torch raises half a dozen types for a broken file
+        raise UserError(f'{path} cannot be read ({type(e).__name__}); remove it and start the run again')
+
+
+def restore(saved, params, opt, scaler):
+    """Put a saved state back -> (steps done, best score so far)."""
+    with torch.no_grad():
+        for n, p in params.items():
+            p.copy_(saved['params'][n])
+    opt.load_state_dict(saved['opt'])
+    scaler.load_state_dict(saved['scaler'])
+    torch.set_rng_state(saved['rng'])
+    if saved['cuda_rng']:
+        torch.cuda.set_rng_state_all(saved['cuda_rng'])
+    return saved['step'], saved['best']
+
+
+class Log:
+    """log.jsonl of a run and what the terminal shows of it: one line that is rewritten on a terminal, plain lines in a pipe."""
+
+    def __init__(self, out, max_steps, resumed_at=0):
+        self.path, self.max_steps, self.tty = os.path.join(out, 'log.jsonl'), max_steps, sys.stdout.isatty()
+        lines = []
+        if resumed_at:                                              # lines of steps that will be done again are dropped
+            with open(self.path, encoding='utf-8') as f:
+                lines = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= resumed_at]
+        data.write_atomic(self.path, ''.join(lines))
+
+    def __call__(self, seconds_per_step=0.0, **record):
+        with open(self.path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(record) + '\n')
+        text = f'step {record["step"]}/{self.max_steps}  '
+        if 'loss' in record:
+            left = (self.max_steps - record['step']) * seconds_per_step
+            text += (f'loss {record["loss"]:.4f}  lr {record["lr"]:.1e}  {record["examples_per_s"]:.1f} examples/s  {record["tokens_per_s"]:.0f} tokens/s  '
+                     f'padding {100 * record["pad_share"]:.1f} %  {int(left // 60)}:{int(left % 60):02d} left')
+        else:
+            text += '  '.join(f'{k} {v:.4f}' for k, v in record.items() if k != 'step')
+        passing = self.tty and 'loss' in record
+        print(('\r\033[K' if self.tty else '') + text, end='' if passing else '\n', flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------ the demo's model
+
+def pretrain_nano(steps=450, batch_size=32, lr=3e-3, log=print):
+    """The folder of `nano`, a small GPT over bytes; trained on the demo's unlabelled sentences the first time, then kept in the cache."""
+    folder = os.path.join(data.cache_dir(), 'models', f'nano-{data.DEMO_VERSION}')
+    if os.path.isfile(os.path.join(folder, 'config.json')):         # written last
+        return folder
+    log(f'nano: training the demo\'s language model once, {steps} steps (kept in {folder})')
+    enc, rng = data.tokenizer('bytes'), np.random.default_rng(0)
+    stream = np.array([t for text in data.demo_unlabelled() for t in [256, *enc.encode_ordinary(text)]], dtype=np.int64)
+    device, dtype, _ = pick_device()
+    state = torch.random.get_rng_state()                            # the run's own seed decides what comes after, cached nano or not
+    torch.manual_seed(0)
+    model = GPT(SHAPES['nano']).init_weights().to(device)
+    torch.random.set_rng_state(state)
+    opt = make_optimizer(model, lr, 0.01)
+    T = 128
+    for step in range(steps):
+        at = rng.integers(0, len(stream) - T - 1, batch_size)
+        ids = torch.from_numpy(stream[at[:, None] + np.arange(T + 1)]).to(device)               # (B, T+1)
+        for g in opt.param_groups:
+            g['lr'] = lr_at(step, steps, lr, 0.05, 'cosine')
+        with autocast(device, dtype):
+            logits = model.lm_logits(ids[:, :-1])
+        loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        if step % 150 == 0 or step == steps - 1:
+            log(f'nano: step {step}, {loss.item():.3f} nats per byte')
+    data.make_folder(folder)
+    save_hf(folder, model)
+    return folder
