@@ -1,0 +1,288 @@
+"""Train a discriminative classifier: GPT-2 reads the text, a linear head reads GPT-2's state at the last token.
+
+    python train_cls.py --lora --r 8                       SST-2, LoRA on every matrix (without a network: the built-in demo)
+    python train_cls.py --data mine.csv --last 2           your own texts, last two blocks
+    python train_cls.py --data sms --scratch --full        random weights of GPT-2's shape, everything trains
+"""
+import argparse
+import dataclasses
+import math
+import os
+import platform
+import re
+import sys
+import textwrap
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+import lora
+import model as gpt
+from data import UserError
+from eval import metrics, report, softmax
+from model import GPT
+
+LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2)    # where published recipes for pretrained GPT-2 start
+LR_SCRATCH = 3e-4                                                                   # random weights need larger steps than pretrained ones
+
+
+def parse(argv):
+    p = data.Parser(description=__doc__, prog='train_cls.py')
+    # data
+    p.add_argument('--data', default='sst2', help='sst2, agnews, imdb, sms, demo, or your own FILE.csv, .tsv, .jsonl, or a folder with train.* (val.*, test.*)')
+    p.add_argument('--val', metavar='FILE', help='validation rows of your own data; without it they are taken from --data')
+    p.add_argument('--test', metavar='FILE', help='test rows of your own data; without it they are taken from --data')
+    p.add_argument('--text_col', metavar='NAME', help='column or key of the text in your own data; guessed from common names without it')
+    p.add_argument('--label_col', metavar='NAME', help='column or key of the label in your own data; guessed from common names without it')
+    p.add_argument('--max_length', type=data.positive, default=128, help='tokens a text is cut to; SST-2 has at most 66')
+    p.add_argument('--truncate', choices=('head', 'tail'), default='head', help='keep the head (start) or the tail (end) of a text that is too long')
+    p.add_argument('--max_samples', type=data.positive, metavar='N', help='train on at most N rows per class, chosen by the seed')
+    p.add_argument('--balance', action='store_true', help='drop rows of the larger classes until all classes are as small as the smallest')
+    p.add_argument('--data_dir', metavar='DIR', help='folder to look in before the cache and the network; $NANOCLS_DATA without it')
+    # model
+    p.add_argument('--model', default='gpt2', help='gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, nano (the demo\'s, bytes), or a folder with a GPT-2 checkpoint')
+    p.add_argument('--scratch', action='store_true', help='that shape with random weights')
+    p.add_argument('--n_layer', type=data.positive, help='number of blocks, with --scratch; the shape\'s own without it')
+    p.add_argument('--n_head', type=data.positive, help='attention heads per block, with --scratch; the shape\'s own without it')
+    p.add_argument('--n_embd', type=data.positive, help='width, with --scratch; the shape\'s own without it')
+    p.add_argument('--block_size', type=data.positive, help='positions, with --scratch; the shape\'s own without it')
+    # what to train
+    what = p.add_mutually_exclusive_group()
+    what.add_argument('--lora', action='store_true', help='low-rank updates of the matrices named by --targets, and the head (the default)')
+    what.add_argument('--head', action='store_true', help='the linear head alone')
+    what.add_argument('--last', type=data.positive, metavar='K', help='the last K blocks, the last LayerNorm and the head')
+    what.add_argument('--full', action='store_true', help='everything')
+    what.add_argument('--adapter', action='store_true', help='Houlsby bottlenecks after each attention and MLP, and the head')
+    what.add_argument('--prompt', type=data.positive, metavar='N', help='N learned vectors in front of the text, and the head')
+    p.add_argument('--bottleneck', type=data.positive, default=64, help='hidden units of an adapter, with --adapter')
+    # LoRA
+    p.add_argument('--r', type=data.positive, default=8, help='rank of the updates, with --lora')
+    p.add_argument('--alpha', type=data.above_zero, default=16.0, help='the update is scaled by alpha / r, with --lora')
+    p.add_argument('--dropout', type=data.share, default=0.05, help='share of the inputs of an update dropped in training, with --lora')
+    p.add_argument('--targets', default=lora.TARGETS, help='comma-separated names of the layers to update, with --lora')
+    # optimisation
+    p.add_argument('--max_steps', type=data.positive, default=800, help='optimizer steps')
+    p.add_argument('--epochs', type=data.above_zero, help='passes over the training rows, instead of --max_steps')
+    p.add_argument('--batch_size', type=data.positive, default=16, help='rows per forward pass')
+    p.add_argument('--grad_accum', type=data.positive, default=1, help='forward passes per optimizer step; the step sees batch_size x grad_accum rows')
+    p.add_argument('--lr', type=data.above_zero, help='peak learning rate; without it ' + ', '.join(f'{m} {v:g}' for m, v in LR.items()) + f', --scratch {LR_SCRATCH:g}')
+    p.add_argument('--weight_decay', type=data.not_negative, default=0.01, help='AdamW\'s decay of matrices; biases, LayerNorm and embeddings have none')
+    p.add_argument('--warmup', type=data.share, default=0.06, help='share of the steps in which the rate rises from 0')
+    p.add_argument('--schedule', choices=('linear', 'cosine', 'constant'), default='linear', help='how the rate falls to 0 after the warm-up')
+    p.add_argument('--clip', type=data.not_negative, default=1.0, help='largest norm of the gradient; 0 = no limit')
+    p.add_argument('--class_weights', choices=('none', 'balanced'), default='none', help='balanced: a class weighs rows / (classes x its rows) in the loss')
+    p.add_argument('--trunk_dropout', type=data.share, default=0.0, help='GPT-2\'s own dropout (embedding, attention, residual)')
+    # system
+    p.add_argument('--device', default='auto', help='auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps')
+    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='precision of the matrix products; auto: the fastest native one')
+    p.add_argument('--compile', action='store_true', help='torch.compile the model; pays on CUDA and long runs')
+    p.add_argument('--seed', type=int, default=1337, help='of the split, the order of the rows, new weights and dropout')
+    p.add_argument('--out', metavar='DIR', help='run folder; without it runs/DATA-METHOD, numbered if it is taken')
+    p.add_argument('--resume', action='store_true', help='go on with the interrupted run in --out, with its own flags')
+    p.add_argument('--eval_every', type=data.positive, metavar='N', help='steps between evaluations on the validation rows; without it 4 in a run')
+    p.add_argument('--log_every', type=data.positive, default=20, metavar='N', help='steps between log lines')
+    p.add_argument('--quick', action='store_true', help='a trial: 100 rows per class of each split, one epoch')
+    args, given = p.parse(argv)
+
+    if args.resume:
+        if not args.out:
+            raise UserError('--resume needs --out, the folder of the run to go on with')
+        saved = gpt.load_resume(args.out)
+        for name in given - {'resume', 'out'}:
+            if getattr(args, name) != saved['args'][name]:
+                raise UserError(f'--{name} {getattr(args, name)} differs from the interrupted run\'s {saved["args"][name]}; a resumed run keeps its flags')
+        return argparse.Namespace(**{**saved['args'], 'out': args.out}), set(), saved
+    args.method = next((m for m in ('head', 'last', 'full', 'adapter', 'prompt') if getattr(args, m)), 'lora')
+    needs = dict.fromkeys(('r', 'alpha', 'dropout', 'targets'), ('--lora', args.method == 'lora'))
+    needs.update(dict.fromkeys(('n_layer', 'n_head', 'n_embd', 'block_size'), ('--scratch', args.scratch)))
+    needs['bottleneck'] = ('--adapter', args.adapter)
+    for name, (flag, present) in needs.items():
+        if name in given and not present:
+            raise UserError(f'--{name} does nothing without {flag}')
+    if {'max_steps', 'epochs'} <= given:
+        raise UserError('--max_steps and --epochs both set the length of the run; give one of them')
+    if args.quick:
+        args.max_samples = args.max_samples or 100
+        args.epochs = args.epochs or (None if 'max_steps' in given else 1.0)
+    if args.data == 'demo' and 'model' not in given:
+        args.model = 'nano'
+    if args.model == 'nano' and 'data' not in given:
+        args.data = 'demo'
+    args.lr = args.lr or (LR_SCRATCH if args.scratch else LR[args.method])
+    args.targets = [t.strip() for t in args.targets.split(',')]
+    return args, given, None
+
+
+def build_model(args, num_labels):
+    """The base model with a fresh head of num_labels rows: loaded, or with random weights of the shape asked for."""
+    torch.manual_seed(args.seed)
+    if not args.scratch:
+        return GPT.load(args.model, num_labels, new_head=True, data_dir=args.data_dir)
+    if args.model not in gpt.SHAPES:
+        raise UserError(f'--scratch needs a shape by name ({", ".join(gpt.SHAPES)}), not {args.model}')
+    sizes = {k: getattr(args, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size') if getattr(args, k)}
+    cfg = dataclasses.replace(gpt.SHAPES[args.model], **sizes)
+    if cfg.n_embd % cfg.n_head:
+        raise UserError(f'--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}')
+    return GPT(cfg, num_labels).init_weights()
+
+
+def main(argv=None):
+    args, given, saved = parse(argv)
+
+    # --- data and base model; a first run that can have neither falls back to the demo ---
+    def get():
+        ds = data.load(args.data, args.seed, args.data_dir, args.val, args.test, args.text_col, args.label_col, args.max_samples, args.balance)
+        model = build_model(args, len(ds.labels))
+        return ds, model, data.tokenizer(lora.tokenizer_name(model), args.data_dir)
+    try:
+        ds, model, enc = get()
+    except data.Unavailable as e:
+        if given & {'data', 'model'} or saved:
+            raise
+        print(f'+{"-" * 98}\n' + textwrap.indent(textwrap.fill(
+            f'{e}. This run uses the built-in demo instead: synthetic sentences, and `nano`, a small language model that is trained on '
+            'them here. Name --data or --model to insist on them.', 97), '| ') + f'\n+{"-" * 98}')
+        args.data, args.model = 'demo', 'nano'
+        ds, model, enc = get()
+    if args.quick:
+        ds.val, ds.test = (data.cap(split, 100, args.seed) for split in (ds.val, ds.test))
+    room = model.cfg.block_size - (args.prompt or 0)
+    if args.max_length > room and 'max_length' in given:
+        raise UserError(f'--max_length {args.max_length} does not fit: the model has {model.cfg.block_size} positions' +
+                        (f', and --prompt takes {args.prompt} of them' if args.prompt else ''))
+    args.max_length = max(1, min(args.max_length, room))            # --prompt has its own check
+
+    # --- what trains, where, and how precisely ---
+    device, dtype, reason = gpt.pick_device(args.device, args.dtype)
+    wrapped = lora.adapt(model, args.method, args.last, args.r, args.alpha, args.dropout, args.targets, args.bottleneck, args.prompt)
+    model.set_dropout(args.trunk_dropout)
+    args.out = args.out or lora.free_folder(args.data, args.method)
+    if not saved and os.path.exists(os.path.join(args.out, 'run.json')):
+        raise UserError(f'--out {args.out} already holds a run; name another folder, remove that one, or go on with it (--resume)')
+    data.make_folder(args.out)
+    info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed, labels=ds.labels, base=lora.base_info(args, args.out, model),
+                rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')}, args=vars(args),
+                parameters=dict(trainable=sum(p.numel() for p in lora.trainables(model).values()), total=sum(p.numel() for p in model.parameters())),
+                versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
+    gpt.place(model, device, dtype)
+    if device.type == 'cuda' and dtype != torch.float32:
+        torch.set_float32_matmul_precision('high')                  # TF32 for what autocast leaves in float32
+    net = torch.compile(model, dynamic=True) if args.compile else model
+
+    train, val = data.tokenize(enc, ds.train.texts), data.tokenize(enc, ds.val.texts)
+    lengths = np.minimum(train.lengths, args.max_length)            # (N,) tokens of each training text that are used
+    y = torch.from_numpy(ds.train.y).to(device)
+    counts = np.bincount(ds.train.y, minlength=len(ds.labels))
+    weights = torch.from_numpy(len(ds.train.y) / (len(ds.labels) * counts)).float().to(device) if args.class_weights == 'balanced' else None
+
+    step_rows = args.batch_size * args.grad_accum                   # rows per optimizer step
+    epoch_steps = math.ceil(len(lengths) / step_rows)
+    max_steps = math.ceil(args.epochs * epoch_steps) if args.epochs else args.max_steps
+    eval_every = args.eval_every or max(1, math.ceil(max_steps / 4))
+
+    print(f'{args.data}: ' + ', '.join(f'{label} {n}' for label, n in zip(ds.labels, counts)) + f' training rows; {len(ds.val.y)} validation, {len(ds.test.y)} test')
+    for note in ds.notes:
+        print(f'  {note}')
+    print(f'{100 * np.mean(train.lengths > args.max_length):.1f} % of the training texts are longer than {args.max_length} tokens and lose their {"tail" if args.truncate == "head" else "head"}')
+    print(f'{args.model}{" (random weights)" if args.scratch else ""}: {model.cfg}')
+    print('\n'.join(lora.describe(model, wrapped)))
+    print(f'{device}, matrix products in {str(dtype)[6:]}: {reason}')
+    print(f'{max_steps} steps of {step_rows} rows = {max_steps / epoch_steps:.1f} epochs, lr {args.lr:g}' + ''.join(
+        f', {name} {getattr(args, name)}' for name in sorted(given - {'lr', 'data', 'model', 'max_steps', 'epochs', *lora.METHODS})), flush=True)
+
+    def loss_of(index):
+        """Sum of the rows' losses, weighted by class; index (B,) rows of the training split."""
+        ids, n = data.collate(train, index, args.max_length, args.truncate, model.end, device)
+        with gpt.autocast(device, dtype):
+            logits = net(ids, n)                                    # (B, K)
+        return F.cross_entropy(logits.float(), y[index], weight=weights, reduction='sum')
+
+    def weight_of(index):
+        """What the loss of a step is divided by: its rows, or their class weights. A step cut into ragged parts equals the whole."""
+        return len(index) if weights is None else float(weights[y[index]].sum())
+
+    def evaluate():
+        """-> (what is better when larger, the numbers for the log); writes the predictions."""
+        probs = softmax(gpt.class_logits(net, val, args.max_length, args.truncate, device, dtype))
+        predictions = [dict(label=ds.labels[p.argmax()], probs=dict(zip(ds.labels, p.tolist()))) for p in probs]
+        data.write_json(os.path.join(args.out, 'val_preds.json'), predictions)
+        data.write_json(os.path.join(args.out, 'val_labels.json'), [ds.labels[c] for c in ds.val.y])
+        m = metrics(probs, ds.val.y, ds.labels)
+        return (m['accuracy'], -m['nll']), dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
+
+    def save_best(results):
+        lora.save_weights(args.out, model, args.method, ds.labels, info['base']['name'])
+        data.write_json(os.path.join(args.out, 'run.json'), {**info, 'results': results})
+
+    params = lora.trainables(model)
+    opt = gpt.make_optimizer(model, args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, best = gpt.restore(saved, params, opt, scaler) if saved else (0, None)
+    log = gpt.Log(args.out, max_steps, resumed_at=step)
+
+    # --- loop ---
+    net.train()
+    plan, loss_sum, real, padded, rows_done, since = None, 0.0, 0, 0, 0, time.perf_counter()
+    with gpt.finish_step_on_interrupt() as interrupted:
+        while step < max_steps and not interrupted:
+            epoch, at = divmod(step, epoch_steps)
+            if at == 0 or plan is None:
+                plan = data.batches(lengths, step_rows, args.seed, epoch)           # the rows of each step of this epoch
+            rows, rate = plan[at], gpt.lr_at(step, max_steps, args.lr, args.warmup, args.schedule)
+            for group in opt.param_groups:
+                group['lr'] = rate
+            total = weight_of(rows)
+            for part in np.array_split(rows[np.argsort(lengths[rows])], min(args.grad_accum, len(rows))):
+                loss = loss_of(part) / total
+                scaler.scale(loss).backward()
+                loss_sum += loss.detach()                                           # a tensor: reading it here would wait for the GPU
+                real, padded = real + int(lengths[part].sum()), padded + len(part) * int(lengths[part].max())
+            if args.clip:
+                scaler.unscale_(opt)
+                torch.nn.utils.clip_grad_norm_(params.values(), args.clip)
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad(set_to_none=True)
+            step, rows_done = step + 1, rows_done + len(rows)
+            logged = (step - 1) % args.log_every + 1                                # steps since the last log line
+            if logged == args.log_every or step == max_steps:
+                seconds, mean_loss = time.perf_counter() - since, float(loss_sum) / logged
+                if not math.isfinite(mean_loss):
+                    raise UserError(f'the loss is {mean_loss} at step {step}: try a smaller --lr than {args.lr:g}, or --dtype fp32; '
+                                    f'{args.out} keeps the best weights so far')
+                log(seconds / logged, step=step, loss=mean_loss, lr=rate, examples_per_s=rows_done / seconds, tokens_per_s=real / seconds,
+                    pad_share=1 - real / padded)
+                loss_sum, real, padded, rows_done, since = 0.0, 0, 0, 0, time.perf_counter()
+            if step % eval_every == 0 or step == max_steps:
+                paused = time.perf_counter()
+                score, results = evaluate()
+                log(step=step, **results)
+                if best is None or score > best:
+                    best = score
+                    save_best(dict(step=step, **results))
+                gpt.save_resume(args.out, args, step, best, params, opt, scaler)
+                since += time.perf_counter() - paused                               # speed is that of training alone
+    # --- loop ---
+    if step < max_steps:
+        gpt.save_resume(args.out, args, step, best, params, opt, scaler)
+        print(f'\ninterrupted after step {step} of {max_steps}; go on with: python train_cls.py --resume --out {args.out}', file=sys.stderr)
+        return 130
+
+    # --- the final test, on what was saved, opened as predict.py opens it ---
+    model = net = opt = params = None                               # their memory is needed for the run as it is opened
+    run = lora.open_run(args.out, args.device, args.dtype)
+    probs = softmax(run.logits(ds.test.texts, progress=True, cache=True))
+    results = metrics(probs, ds.test.y, ds.labels)
+    data.write_json(os.path.join(args.out, 'eval_results.json'), results)
+    os.remove(os.path.join(args.out, 'resume.pt'))
+    print(f'\nbest on validation: accuracy {best[0]:.4f}; test ({args.data}, {len(ds.test.y)} rows):\n{report(results, ds.labels)}')
+    example = re.sub(r'[^\w\s.,-]', '', ds.test.texts[0][:60])                       # safe between a shell's quotes
+    print(f'\nsaved in {args.out}; try:\n  python predict.py {args.out} "{example}"\n  python eval.py {args.out}')
+
+
+if __name__ == '__main__':
+    data.cli(main)
