@@ -59,9 +59,10 @@ class Parser(argparse.ArgumentParser):
                       or not a.option_strings and getattr(args, a.dest) not in (a.default, [])}
 
     def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1) if unknown else []
-        raise UserError(f"{message} ({f'did you mean {near[0]}?' if near else 'see --help'})")
+        unknown = re.match(r"unrecognized arguments: --([^\s=]+)", message)
+        known = [flag.lstrip("-") for flag in self._option_string_actions]
+        near = difflib.get_close_matches(unknown[1], known, 1) if unknown else []
+        raise UserError(f"{message} ({f'did you mean --{near[0]}?' if near else 'see --help'})")
 
 def number(kind, holds, words):
     """A type for Parser: int or float for which holds(value)."""

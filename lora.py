@@ -4,7 +4,6 @@ import itertools
 import math
 import os
 import re
-import shutil
 from collections import Counter
 
 import torch
@@ -50,7 +49,8 @@ class LoRA(nn.Module):
         x = x.to(y.dtype)                                           # under autocast: rounded once, before the mask
         if self.training and self.p:
             x = dropout(x, self.p)
-        return y + F.linear(F.linear(x, self.A) * self.scale, self.B)
+        a = F.linear(x, self.A) * self.scale                        # (..., r)
+        return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), self.B.t()).view(y.shape)            # the sum costs no pass of its own
 
     def delta(self):
         """scale * B A in float32, in the layout of the base weight."""
@@ -69,8 +69,8 @@ class Adapter(nn.Module):
         for p in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(p)
 
-    def forward(self, x):
-        h = self.sub(x)
+    def forward(self, *args):
+        h = self.sub(*args)
         return h + self.up(F.gelu(self.down(h), approximate='tanh'))
 
 
@@ -252,10 +252,9 @@ def base_info(args, out, model):
     folder = gpt.model_folder(args.model, args.data_dir)
     files = gpt.weight_files(folder)
     if stays and args.model not in gpt.HUB_NAMES and sum(map(os.path.getsize, files)) < SMALL_BASE:
-        data.make_folder(base)
         for path in [*files, *(os.path.join(folder, f) for f in ('config.json', 'model.safetensors.index.json', 'pytorch_model.bin.index.json'))]:
             if os.path.isfile(path):
-                shutil.copyfile(path, os.path.join(base, os.path.basename(path)))
+                data.write_atomic(os.path.join(base, os.path.basename(path)), data.read_bytes(path))
     name = args.model if args.model in gpt.SHAPES else os.path.abspath(args.model)
     return dict(name=name, sha256=gpt.base_sha256(folder))
 

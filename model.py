@@ -1,6 +1,7 @@
 """GPT-2 by hand, with the names and the weight layout of OpenAI's checkpoints, and what a training script needs around it:
 safetensors in and out, device and precision, optimizer groups, learning-rate schedule, evaluation in padded batches."""
 import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -63,15 +64,20 @@ class Attention(nn.Module):
         self.dropout = 0.0                                          # GPT.set_dropout
         self.resid_drop = nn.Dropout(0.0)
 
-    def forward(self, x):                                           # (B, T, C)
+    def forward(self, x, last=None):                                # (B, T, C) -> the same, or with last (B,) positions -> (B, 1, C)
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2))  # (B, H, T, C/H)
+        q, k, v = self.c_attn(x).split(C, dim=2)                    # (B, T, C) each
+        mask = None
+        if last is not None:                                        # only one position of each text asks; it sees all up to itself
+            q = q[torch.arange(B, device=x.device), last].unsqueeze(1)                              # (B, 1, C)
+            mask = (torch.arange(T, device=x.device) <= last[:, None])[:, None, None]               # (B, 1, 1, T)
+        q, k, v = (t.reshape(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))    # (B, H, T or 1, C/H)
         if x.device.type == 'cpu' and torch.is_grad_enabled():       # the CPU kernel's backward is four times slower in bfloat16
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):           # else autocast would round q, k, v again
             # Causal, and pads stand on the right: no real token can see a pad, so no padding mask is needed.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
-        return self.resid_drop(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
+        return self.resid_drop(self.c_proj(y.transpose(1, 2).reshape(B, -1, C)))
 
 
 class MLP(nn.Module):
@@ -94,8 +100,10 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(cfg.n_embd, eps=1e-5)
         self.mlp = MLP(cfg)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, last=None):
+        """x (B, T, C) -> (B, T, C); or with last (B,), one position of each text -> (B, 1, C), all that a classifier needs of the last block."""
+        h = self.attn(self.ln_1(x), last)
+        x = (x if last is None else x[torch.arange(len(x), device=x.device), last].unsqueeze(1)) + h
         return x + self.mlp(self.ln_2(x))
 
 
@@ -121,20 +129,21 @@ class GPT(nn.Module):
         """Id of <|endoftext|>: the last of the vocabulary, here as in OpenAI's. No text holds it, so it serves as the pad id."""
         return self.cfg.vocab_size - 1
 
-    def trunk(self, ids):
-        """ids (B, T) int64 -> states before the last LayerNorm (B, N + T, C), N = number of prompt vectors (0 without)."""
+    def trunk(self, ids, lengths=None):
+        """ids (B, T) int64 -> states before the last LayerNorm (B, N + T, C), N = number of prompt vectors (0 without). With lengths (B,),
+        only those of each text's last token, (B, 1, C): the last block then leaves out three quarters of its work."""
         x = self.wte(ids).float()                                   # (B, T, C); the residual stream is float32 in every precision
         if self.prompt is not None:
             x = torch.cat((self.prompt.expand(len(ids), -1, -1), x), dim=1)
         assert x.shape[1] <= self.cfg.block_size, 'callers cut texts to the block size'
+        last = None if lengths is None else x.shape[1] - ids.shape[1] + lengths - 1     # (B,) the prompt shifts positions
         x = self.drop(x + self.wpe.weight[:x.shape[1]])
-        for block in self.h:
+        for block in self.h[:-1]:
             x = block(x)
-        return x
+        return self.h[-1](x, last)
 
-    def hidden(self, ids, lengths=None):
-        """ids (B, T) int64, right-padded -> final states (B, T, C), prompt positions left out. States at and after a row's length are
-        those of pads; `lengths` is accepted so that every method of the model is called alike."""
+    def hidden(self, ids):
+        """ids (B, T) int64, right-padded -> final states (B, T, C), prompt positions left out. States after a text's end are those of pads."""
         x = self.ln_f(self.trunk(ids))
         return x[:, x.shape[1] - ids.shape[1]:]
 
@@ -145,9 +154,7 @@ class GPT(nn.Module):
     def classify(self, ids, lengths):
         """ids (B, T) int64 right-padded, lengths (B,) int64 >= 1 -> logits (B, K), read at each text's last real token: by its length,
         never by looking for pad ids, so the logits of a text do not depend on what it was padded with or how far."""
-        x = self.trunk(ids)
-        last = x.shape[1] - ids.shape[1] + lengths - 1              # (B,) the prompt shifts positions
-        return self.score(self.ln_f(x[torch.arange(len(ids), device=ids.device), last]))
+        return self.score(self.ln_f(self.trunk(ids, lengths).squeeze(1)))
 
     forward = classify
 
@@ -377,6 +384,17 @@ def cpu_has_bf16():
     return any(check is not None and check() for check in checks)
 
 
+def keep_freed_memory():
+    """glibc hands freed blocks of a megabyte back to the system, and the next layer's activations then cost page faults: a fifth of an
+    evaluation's time. Where there is a glibc, ask it to keep them. Other systems are left as they are."""
+    try:
+        mallopt = ctypes.CDLL('libc.so.6').mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-3, 1 << 30)                                            # M_MMAP_THRESHOLD, bytes: blocks below it come from the heap
+    mallopt(-1, (1 << 31) - 1)                                      # M_TRIM_THRESHOLD, bytes: free memory the heap may keep
+
+
 def pick_device(device='auto', dtype='auto'):
     """-> (torch.device, torch.dtype of the matrix products, the reason in words). Raises UserError for what this machine cannot do."""
     if device == 'auto':
@@ -386,6 +404,8 @@ def pick_device(device='auto', dtype='auto'):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f'--device {device}: {str(e).splitlines()[0]}')
+    if device.type == 'cpu':
+        keep_freed_memory()
     if dtype != 'auto':
         if dtype == 'fp16' and device.type == 'cpu':
             raise UserError('--dtype fp16 needs a GPU; use bf16 or fp32 on a CPU')
@@ -445,7 +465,7 @@ def lr_at(step, max_steps, lr, warmup, schedule):
 def class_logits(model, tokens, max_length, truncate, device, dtype, batch_tokens=None, progress=False):
     """Logits (N, K) float32 of every text of `tokens` (data.Tokens), in their order. Texts are run longest first (an out-of-memory comes
     at once, and neighbours have nearly the same length: hardly any padding), as many at a time as fit `batch_tokens` padded tokens."""
-    batch_tokens = batch_tokens or (2048 if device.type == 'cpu' else 65536)    # a CPU's cache; what fills a GPU
+    batch_tokens = batch_tokens or (512 if device.type == 'cpu' else 65536)    # a CPU's cache; what fills a GPU
     lengths = np.minimum(tokens.lengths, max_length)
     order = np.argsort(-lengths, kind='stable')
     was_training = model.training

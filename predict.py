@@ -57,7 +57,7 @@ def painted(pieces):
     top = max(abs(v) for _, v in pieces) or 1.0
     out = []
     for token, v in pieces:
-        level = int(5 * abs(v) / top + 0.5)                             # 0..5 of the 6 x 6 x 6 colour cube
+        level = int(3 * abs(v) / top + 0.5)                             # 0..3: the dark half of the 6 x 6 x 6 colour cube
         colour = 16 + 6 * level if v > 0 else 16 + 36 * level
         out.append(f'\033[48;5;{colour}m\033[97m{token}\033[0m' if level else token)
     return ''.join(out)
@@ -77,6 +77,8 @@ def answer(run, texts, args):
             yield json.dumps(record, ensure_ascii=False)
             continue
         flat = ' '.join(text.split())
+        if sys.stdout.isatty() and not args.out and len(flat) > 100:
+            flat = flat[:100] + '...'
         yield f'{label if label is not None else "-"}\t{p[best]:.4f}\t{flat}'
         if pieces is not None:
             if sys.stdout.isatty() and not args.out:

@@ -156,12 +156,14 @@ def main(argv=None):
                         (f', and --prompt takes {args.prompt} of them' if args.prompt else ''))
     args.max_length = max(1, min(args.max_length, room))            # --prompt has its own check
 
+    train, val = data.tokenize(enc, ds.train.texts), data.tokenize(enc, ds.val.texts)
+
     # --- what trains, where, and how precisely ---
     device, dtype, reason = gpt.pick_device(args.device, args.dtype)
     wrapped = lora.adapt(model, args.method, args.last, args.r, args.alpha, args.dropout, args.targets, args.bottleneck, args.prompt)
     model.set_dropout(args.trunk_dropout)
     args.out = args.out or lora.free_folder(args.data, args.method)
-    if not saved and os.path.exists(os.path.join(args.out, 'run.json')):
+    if not saved and any(os.path.exists(os.path.join(args.out, name)) for name in ('run.json', 'resume.pt')):
         raise UserError(f'--out {args.out} already holds a run; name another folder, remove that one, or go on with it (--resume)')
     data.make_folder(args.out)
     info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed, labels=ds.labels, base=lora.base_info(args, args.out, model),
@@ -173,7 +175,6 @@ def main(argv=None):
         torch.set_float32_matmul_precision('high')                  # TF32 for what autocast leaves in float32
     net = torch.compile(model, dynamic=True) if args.compile else model
 
-    train, val = data.tokenize(enc, ds.train.texts), data.tokenize(enc, ds.val.texts)
     lengths = np.minimum(train.lengths, args.max_length)            # (N,) tokens of each training text that are used
     y = torch.from_numpy(ds.train.y).to(device)
     counts = np.bincount(ds.train.y, minlength=len(ds.labels))
@@ -226,7 +227,7 @@ def main(argv=None):
 
     # --- loop ---
     net.train()
-    plan, loss_sum, real, padded, rows_done, since = None, 0.0, 0, 0, 0, time.perf_counter()
+    plan, steps_done, loss_sum, real, padded, rows_done, since = None, 0, 0.0, 0, 0, 0, time.perf_counter()    # since the last log line
     with gpt.finish_step_on_interrupt() as interrupted:
         while step < max_steps and not interrupted:
             epoch, at = divmod(step, epoch_steps)
@@ -247,25 +248,24 @@ def main(argv=None):
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
-            step, rows_done = step + 1, rows_done + len(rows)
-            logged = (step - 1) % args.log_every + 1                                # steps since the last log line
-            if logged == args.log_every or step == max_steps:
-                seconds, mean_loss = time.perf_counter() - since, float(loss_sum) / logged
+            step, steps_done, rows_done = step + 1, steps_done + 1, rows_done + len(rows)
+            at_evaluation = step % eval_every == 0 or step == max_steps
+            if step % args.log_every == 0 or at_evaluation:
+                seconds, mean_loss = time.perf_counter() - since, float(loss_sum) / steps_done
                 if not math.isfinite(mean_loss):
-                    raise UserError(f'the loss is {mean_loss} at step {step}: try a smaller --lr than {args.lr:g}, or --dtype fp32; '
-                                    f'{args.out} keeps the best weights so far')
-                log(seconds / logged, step=step, loss=mean_loss, lr=rate, examples_per_s=rows_done / seconds, tokens_per_s=real / seconds,
+                    raise UserError(f'the loss is {mean_loss} at step {step}: try a smaller --lr than {args.lr:g}, or --dtype fp32' +
+                                    (f'; {args.out} keeps the best weights so far' if best else ''))
+                log(seconds / steps_done, step=step, loss=mean_loss, lr=rate, examples_per_s=rows_done / seconds, tokens_per_s=real / seconds,
                     pad_share=1 - real / padded)
-                loss_sum, real, padded, rows_done, since = 0.0, 0, 0, 0, time.perf_counter()
-            if step % eval_every == 0 or step == max_steps:
-                paused = time.perf_counter()
+                steps_done, loss_sum, real, padded, rows_done, since = 0, 0.0, 0, 0, 0, time.perf_counter()
+            if at_evaluation:
                 score, results = evaluate()
                 log(step=step, **results)
                 if best is None or score > best:
                     best = score
                     save_best(dict(step=step, **results))
                 gpt.save_resume(args.out, args, step, best, params, opt, scaler)
-                since += time.perf_counter() - paused                               # speed is that of training alone
+                since = time.perf_counter()                                         # the speeds logged are those of training alone
     # --- loop ---
     if step < max_steps:
         gpt.save_resume(args.out, args, step, best, params, opt, scaler)
