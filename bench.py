@@ -45,7 +45,8 @@ def ours(args, folder, dtype):
     method = dict(lora=['--lora', '--r', '8'], full=['--full'], last=['--last', '1'], head=['--head'])[args.task]
     with tempfile.TemporaryDirectory() as tmp:
         out = os.path.join(tmp, 'run')
-        command = [sys.executable, os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_cls.py'), '--data', 'sst2', '--model', folder, *method,
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_cls.py')
+        command = [sys.executable, script, '--data', 'sst2', '--model', folder, *method,
                    '--batch_size', str(args.batch_size), '--max_steps', str(args.steps), '--log_every', str(BLOCK), '--eval_every', '1000000',
                    '--device', args.device, '--dtype', dtype, '--out', out]
         stop_before_the_test(command, os.path.join(out, 'log.jsonl'), args.steps)

@@ -144,7 +144,7 @@ def describe(model, wrapped):
     rows = Counter()
     for n in wrapped:
         m = model.get_submodule(n)
-        what = f'LoRA {tuple(m.A.shape)} x {tuple(m.B.shape)}' if isinstance(m, LoRA) else f'adapter {model.cfg.n_embd} -> {m.down.out_features} -> {model.cfg.n_embd}'
+        what = f'LoRA {tuple(m.A.shape)} x {tuple(m.B.shape)}' if isinstance(m, LoRA) else f'adapter of {m.down.out_features} units'
         rows[f'h.*.{n.split(".", 2)[2]:<12} {what}'] += 1
     return [f'  {k} times {line}' for line, k in rows.items()] + [f'training {train:,} of {total:,} parameters ({100 * train / total:.2f} %)']
 
@@ -220,10 +220,7 @@ def load_peft(folder, model):
 def fill(model, tensors, names, folder):
     """Copy tensors {name in file: tensor} into the parameters {name in file: name in model}. UserError lists all that does not fit."""
     params = dict(model.named_parameters())
-    bad = [f'{n} is missing' for n in names if n not in tensors] + [f'{n} is unexpected' for n in tensors if n not in names] + \
-          [f'{n} is {tuple(tensors[n].shape)} where {tuple(params[p].shape)} belongs' for n, p in names.items() if n in tensors and tensors[n].shape != params[p].shape]
-    if bad:
-        raise UserError(f'{folder} does not fit this model: ' + '; '.join(bad[:8]) + (f'; and {len(bad) - 8} more' if len(bad) > 8 else ''))
+    gpt.check_tensors(tensors, {n: params[p].shape for n, p in names.items()}, f'{folder} does not fit this model')
     with torch.no_grad():
         for n, p in names.items():
             params[p].copy_(tensors[n])
@@ -311,7 +308,8 @@ def open_run(path, device='auto', dtype='auto'):
         where = base if os.path.isdir(base) else info['base']['name']
         found = gpt.base_sha256(gpt.model_folder(where, args['data_dir']))
         if found != info['base']['sha256']:
-            raise UserError(f'{path} was trained over another base model than the one in {where} (sha256 {info["base"]["sha256"][:12]}..., found {found[:12]}...)')
+            raise UserError(f'{path} was trained over another base model than the one in {where}: its weights should have the '
+                            f'sha256 {info["base"]["sha256"][:12]}..., not {found[:12]}...; put that model back')
         model = GPT.load(where, num_labels=len(labels), new_head=True, data_dir=args['data_dir'])
         if method == 'adapter':
             adapt(model, method, bottleneck=args['bottleneck'])

@@ -203,11 +203,7 @@ class GPT(nn.Module):
             model = cls(cfg, num_labels)
         if num_labels and new_head:
             tensors['score.weight'] = torch.empty(num_labels, cfg.n_embd).normal_(0.0, 0.02)
-        want = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        bad = [f'{n} is missing' for n in want if n not in tensors] + [f'{n} is unexpected' for n in tensors if n not in want] + \
-              [f'{n} is {tuple(tensors[n].shape)} where {s} belongs' for n, s in want.items() if n in tensors and tuple(tensors[n].shape) != s]
-        if bad:
-            raise UserError(f'{folder} does not hold a GPT-2 of {cfg}: ' + '; '.join(bad[:8]) + (f'; and {len(bad) - 8} more' if len(bad) > 8 else ''))
+        check_tensors(tensors, {n: p.shape for n, p in model.named_parameters()}, f'{folder} does not hold a GPT-2 of {cfg}')
         model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=True, assign=True)
         for p in model.parameters():                                # assign=True takes over the flag of the plain tensors
             p.requires_grad_(True)
@@ -287,6 +283,14 @@ def save_safetensors(path, tensors):
     data.write_atomic(path, write)
 
 
+def check_tensors(tensors, shapes, complaint):
+    """UserError, `complaint` and what is wrong, unless `tensors` has exactly the names and shapes of `shapes` {name: shape}."""
+    bad = [f'{n} is missing' for n in shapes if n not in tensors] + [f'{n} is unexpected' for n in tensors if n not in shapes]
+    bad += [f'{n} is {tuple(tensors[n].shape)} where {tuple(s)} belongs' for n, s in shapes.items() if n in tensors and tensors[n].shape != s]
+    if bad:
+        raise UserError(f'{complaint}: ' + '; '.join(bad[:8]) + (f'; and {len(bad) - 8} more' if len(bad) > 8 else ''))
+
+
 def load_bin(path):
     """{name: tensor} of a pytorch_model.bin; weights_only, so no code of the file is ever run."""
     try:
@@ -346,7 +350,8 @@ def read_config(folder, tensors, where):
         for name, cfg in SHAPES.items():
             if where == name or (where not in SHAPES and (cfg.n_layer, cfg.n_embd) == (len(layers), width)):
                 return cfg
-        raise UserError(f'{folder} has no config.json, and its {len(layers)} layers of width {width} match no published GPT-2, so the number of heads is unknown')
+        raise UserError(f'{folder} has no config.json, and its {len(layers)} layers of width {width} match no published GPT-2, '
+                        'so the number of heads is unknown; put the config.json beside the weights')
     c = data.read_json(path)
     for key, value in dict(model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5, n_inner=None, scale_attn_weights=True,
                            scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True).items():
@@ -555,8 +560,9 @@ class Log:
         text = f'step {record["step"]}/{self.max_steps}  '
         if 'loss' in record:
             left = (self.max_steps - record['step']) * seconds_per_step
-            text += (f'loss {record["loss"]:.4f}  lr {record["lr"]:.1e}  {record["examples_per_s"]:.1f} examples/s  {record["tokens_per_s"]:.0f} tokens/s  '
-                     f'padding {100 * record["pad_share"]:.1f} %  {int(left // 60)}:{int(left % 60):02d} left')
+            text += (f'loss {record["loss"]:.4f}  lr {record["lr"]:.1e}  {record["examples_per_s"]:.1f} examples/s  '
+                     f'{record["tokens_per_s"]:.0f} tokens/s  padding {100 * record["pad_share"]:.1f} %  '
+                     f'{int(left // 60)}:{int(left % 60):02d} left')
         else:
             text += '  '.join(f'{k} {v:.4f}' for k, v in record.items() if k != 'step')
         passing = self.tty and 'loss' in record

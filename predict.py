@@ -71,7 +71,7 @@ def answer(run, texts, args):
         label = run.labels[best] if args.threshold is None or p[best] >= args.threshold else None
         pieces = explain(run, text) if args.explain else None
         if args.json:
-            record = dict(text=text, label=label, probs={name: round(float(v), 6) for name, v in zip(run.labels, p)})
+            record = dict(text=text, label=label, probs=dict(zip(run.labels, p.tolist())))
             if pieces is not None:
                 record['explain'] = pieces
             yield json.dumps(record, ensure_ascii=False)
@@ -98,7 +98,7 @@ def main(argv=None):
     p.add_argument('--threshold', type=data.share, metavar='P', help='give no label (null, or - ) where the best probability is below P')
     p.add_argument('--explain', action='store_true', help='a number per token: how much the decision leans on it (one forward pass per token)')
     p.add_argument('--device', default='auto', help='auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps')
-    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='precision of the matrix products; auto: the fastest native one')
+    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the matrix products; auto: the fastest native one')
     args, given = p.parse(argv)
     if args.text and args.file:
         raise UserError('give texts or --file, not both')

@@ -27,12 +27,13 @@ from model import GPT
 
 LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2)    # where published recipes for pretrained GPT-2 start
 LR_SCRATCH = 3e-4                                                                   # random weights need larger steps than pretrained ones
+LR_HELP = ', '.join(f'{method} {rate:g}' for method, rate in [*LR.items(), ('with --scratch', LR_SCRATCH)])
 
 
 def parse(argv):
     p = data.Parser(description=__doc__, prog='train_cls.py')
     # data
-    p.add_argument('--data', default='sst2', help='sst2, agnews, imdb, sms, demo, or your own FILE.csv, .tsv, .jsonl, or a folder with train.* (val.*, test.*)')
+    p.add_argument('--data', default='sst2', help='sst2, agnews, imdb, sms, demo, your own .csv, .tsv or .jsonl file, or a folder with train.*')
     p.add_argument('--val', metavar='FILE', help='validation rows of your own data; without it they are taken from --data')
     p.add_argument('--test', metavar='FILE', help='test rows of your own data; without it they are taken from --data')
     p.add_argument('--text_col', metavar='NAME', help='column or key of the text in your own data; guessed from common names without it')
@@ -43,7 +44,7 @@ def parse(argv):
     p.add_argument('--balance', action='store_true', help='drop rows of the larger classes until all classes are as small as the smallest')
     p.add_argument('--data_dir', metavar='DIR', help='folder to look in before the cache and the network; $NANOCLS_DATA without it')
     # model
-    p.add_argument('--model', default='gpt2', help='gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, nano (the demo\'s, bytes), or a folder with a GPT-2 checkpoint')
+    p.add_argument('--model', default='gpt2', help='gpt2, gpt2-medium, -large, -xl, distilgpt2, nano (the demo\'s), or a folder with a GPT-2 checkpoint')
     p.add_argument('--scratch', action='store_true', help='that shape with random weights')
     p.add_argument('--n_layer', type=data.positive, help='number of blocks, with --scratch; the shape\'s own without it')
     p.add_argument('--n_head', type=data.positive, help='attention heads per block, with --scratch; the shape\'s own without it')
@@ -67,17 +68,17 @@ def parse(argv):
     p.add_argument('--max_steps', type=data.positive, default=800, help='optimizer steps')
     p.add_argument('--epochs', type=data.above_zero, help='passes over the training rows, instead of --max_steps')
     p.add_argument('--batch_size', type=data.positive, default=16, help='rows per forward pass')
-    p.add_argument('--grad_accum', type=data.positive, default=1, help='forward passes per optimizer step; the step sees batch_size x grad_accum rows')
-    p.add_argument('--lr', type=data.above_zero, help='peak learning rate; without it ' + ', '.join(f'{m} {v:g}' for m, v in LR.items()) + f', --scratch {LR_SCRATCH:g}')
-    p.add_argument('--weight_decay', type=data.not_negative, default=0.01, help='AdamW\'s decay of matrices; biases, LayerNorm and embeddings have none')
+    p.add_argument('--grad_accum', type=data.positive, default=1, help='forward passes per step, which then sees batch_size x grad_accum rows')
+    p.add_argument('--lr', type=data.above_zero, help=f'peak learning rate; without it {LR_HELP}')
+    p.add_argument('--weight_decay', type=data.not_negative, default=0.01, help='AdamW\'s decay of the matrices alone')
     p.add_argument('--warmup', type=data.share, default=0.06, help='share of the steps in which the rate rises from 0')
     p.add_argument('--schedule', choices=('linear', 'cosine', 'constant'), default='linear', help='how the rate falls to 0 after the warm-up')
     p.add_argument('--clip', type=data.not_negative, default=1.0, help='largest norm of the gradient; 0 = no limit')
-    p.add_argument('--class_weights', choices=('none', 'balanced'), default='none', help='balanced: a class weighs rows / (classes x its rows) in the loss')
+    p.add_argument('--class_weights', choices=('none', 'balanced'), default='none', help='balanced: rare classes weigh more, rows / (classes x rows of the class)')
     p.add_argument('--trunk_dropout', type=data.share, default=0.0, help='GPT-2\'s own dropout (embedding, attention, residual)')
     # system
     p.add_argument('--device', default='auto', help='auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps')
-    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='precision of the matrix products; auto: the fastest native one')
+    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the matrix products; auto: the fastest native one')
     p.add_argument('--compile', action='store_true', help='torch.compile the model; pays on CUDA and long runs')
     p.add_argument('--seed', type=int, default=1337, help='of the split, the order of the rows, new weights and dropout')
     p.add_argument('--out', metavar='DIR', help='run folder; without it runs/DATA-METHOD, numbered if it is taken')
@@ -93,7 +94,8 @@ def parse(argv):
         saved = gpt.load_resume(args.out)
         for name in given - {'resume', 'out'}:
             if getattr(args, name) != saved['args'][name]:
-                raise UserError(f'--{name} {getattr(args, name)} differs from the interrupted run\'s {saved["args"][name]}; a resumed run keeps its flags')
+                raise UserError(f'--{name} {getattr(args, name)} differs from the interrupted run\'s {saved["args"][name]}; '
+                                'a resumed run keeps its flags')
         return argparse.Namespace(**{**saved['args'], 'out': args.out}), set(), saved
     args.method = next((m for m in ('head', 'last', 'full', 'adapter', 'prompt') if getattr(args, m)), 'lora')
     needs = dict.fromkeys(('r', 'alpha', 'dropout', 'targets'), ('--lora', args.method == 'lora'))
@@ -166,9 +168,10 @@ def main(argv=None):
     if not saved and any(os.path.exists(os.path.join(args.out, name)) for name in ('run.json', 'resume.pt')):
         raise UserError(f'--out {args.out} already holds a run; name another folder, remove that one, or go on with it (--resume)')
     data.make_folder(args.out)
-    info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed, labels=ds.labels, base=lora.base_info(args, args.out, model),
-                rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')}, args=vars(args),
-                parameters=dict(trainable=sum(p.numel() for p in lora.trainables(model).values()), total=sum(p.numel() for p in model.parameters())),
+    trained, total = (sum(p.numel() for p in ps) for ps in (lora.trainables(model).values(), model.parameters()))
+    info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed, labels=ds.labels,
+                base=lora.base_info(args, args.out, model), rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')},
+                args=vars(args), parameters=dict(trainable=trained, total=total),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     gpt.place(model, device, dtype)
     if device.type == 'cuda' and dtype != torch.float32:
@@ -185,10 +188,12 @@ def main(argv=None):
     max_steps = math.ceil(args.epochs * epoch_steps) if args.epochs else args.max_steps
     eval_every = args.eval_every or max(1, math.ceil(max_steps / 4))
 
-    print(f'{args.data}: ' + ', '.join(f'{label} {n}' for label, n in zip(ds.labels, counts)) + f' training rows; {len(ds.val.y)} validation, {len(ds.test.y)} test')
+    print(f'{args.data}: ' + ', '.join(f'{label} {n}' for label, n in zip(ds.labels, counts)) + ' training rows; '
+          f'{len(ds.val.y)} validation, {len(ds.test.y)} test')
     for note in ds.notes:
         print(f'  {note}')
-    print(f'{100 * np.mean(train.lengths > args.max_length):.1f} % of the training texts are longer than {args.max_length} tokens and lose their {"tail" if args.truncate == "head" else "head"}')
+    print(f'{100 * np.mean(train.lengths > args.max_length):.1f} % of the training texts are longer than {args.max_length} tokens and lose '
+          f'their {"tail" if args.truncate == "head" else "head"}')
     print(f'{args.model}{" (random weights)" if args.scratch else ""}: {model.cfg}')
     print('\n'.join(lora.describe(model, wrapped)))
     print(f'{device}, matrix products in {str(dtype)[6:]}: {reason}')
@@ -236,9 +241,9 @@ def main(argv=None):
             rows, rate = plan[at], gpt.lr_at(step, max_steps, args.lr, args.warmup, args.schedule)
             for group in opt.param_groups:
                 group['lr'] = rate
-            total = weight_of(rows)
+            weight = weight_of(rows)
             for part in np.array_split(rows[np.argsort(lengths[rows])], min(args.grad_accum, len(rows))):
-                loss = loss_of(part) / total
+                loss = loss_of(part) / weight
                 scaler.scale(loss).backward()
                 loss_sum += loss.detach()                                           # a tensor: reading it here would wait for the GPU
                 real, padded = real + int(lengths[part].sum()), padded + len(part) * int(lengths[part].max())
