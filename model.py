@@ -571,34 +571,34 @@ class Log:
 
 # ------------------------------------------------------------------------------------------------------ the demo's model
 
-def pretrain_nano(steps=450, batch_size=32, lr=3e-3, log=print):
+def pretrain_nano(steps=800, batch_size=32, lr=3e-3, log=print):
     """The folder of `nano`, a small GPT over bytes; trained on the demo's unlabelled sentences the first time, then kept in the cache."""
     folder = os.path.join(data.cache_dir(), 'models', f'nano-{data.DEMO_VERSION}')
     if os.path.isfile(os.path.join(folder, 'config.json')):         # written last
         return folder
     log(f'nano: training the demo\'s language model once, {steps} steps (kept in {folder})')
-    enc, rng = data.tokenizer('bytes'), np.random.default_rng(0)
-    stream = np.array([t for text in data.demo_unlabelled() for t in [256, *enc.encode_ordinary(text)]], dtype=np.int64)
+    tokens = data.tokenize(data.tokenizer('bytes'), data.demo_unlabelled(), cache=False)
+    plan = data.batches(tokens.lengths, batch_size, seed=0, epoch=0) * math.ceil(steps * batch_size / len(tokens))
     device, dtype, _ = pick_device()
     state = torch.random.get_rng_state()                            # the run's own seed decides what comes after, cached nano or not
     torch.manual_seed(0)
     model = GPT(SHAPES['nano']).init_weights().to(device)
     torch.random.set_rng_state(state)
     opt = make_optimizer(model, lr, 0.01)
-    T = 128
     for step in range(steps):
-        at = rng.integers(0, len(stream) - T - 1, batch_size)
-        ids = torch.from_numpy(stream[at[:, None] + np.arange(T + 1)]).to(device)               # (B, T+1)
+        ids, n = data.collate(tokens, plan[step], 128, 'head', model.end, device)
+        ids = F.pad(ids, (1, 0), value=model.end)                   # (B, 1 + T): <|endoftext|> stands in front of each sentence
+        real = torch.arange(ids.shape[1] - 1, device=device) < n[:, None]                       # (B, T) pads teach nothing
         for g in opt.param_groups:
             g['lr'] = lr_at(step, steps, lr, 0.05, 'cosine')
         with autocast(device, dtype):
-            logits = model.lm_logits(ids[:, :-1])
-        loss = F.cross_entropy(logits.float().view(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+            logits = model.lm_logits(ids[:, :-1])                   # (B, T, V)
+        loss = F.cross_entropy(logits[real].float(), ids[:, 1:][real])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         opt.zero_grad()
-        if step % 150 == 0 or step == steps - 1:
+        if step % 200 == 0 or step == steps - 1:
             log(f'nano: step {step}, {loss.item():.3f} nats per byte')
     data.make_folder(folder)
     save_hf(folder, model)

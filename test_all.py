@@ -2,6 +2,7 @@
 
 Needs the four packages of requirements.txt and no network. Tests against real data run where $NANOCLS_DATA is set, tests against
 transformers, peft, safetensors, scikit-learn and matplotlib where they are installed; what is skipped is printed with its reason."""
+import builtins
 import contextlib
 import copy
 import csv
@@ -1823,9 +1824,9 @@ def test_demo_bag_of_words():
 
 def test_demo_learns():
     """The language model `nano` and LoRA on top of it, in fewer than the default steps; the README has the full run."""
-    out, _ = train('--data', 'demo', '--max_steps', '500', '--eval_every', '500', '--log_every', '100')
+    out, _ = train('--data', 'demo', '--max_steps', '300', '--eval_every', '300', '--log_every', '100')
     accuracy = data.read_json(os.path.join(out, 'eval_results.json'))['accuracy']
-    assert accuracy > 0.85, accuracy
+    assert accuracy > 0.9, accuracy
 
 
 def test_predict_inputs():
@@ -1866,6 +1867,25 @@ def test_explain_is_leave_one_out():
     assert len(predict.explain(run, 'd')) == 1 and len(predict.explain(run, 'x' * 5000)) == run.args['max_length']
     row = json.loads(script(predict.main, [out, '--json', '--explain', '--dtype', 'fp32', 'so dull'])[1])
     assert np.allclose([v for _, v in row['explain']], [v for _, v in pieces], atol=1e-4)
+
+
+def test_predict_on_a_terminal():
+    """Without texts on a terminal: a prompt, until the end of the input; --explain paints the tokens."""
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+    typed, screen = iter(['the song was warm']), Terminal()
+
+    def type_next(prompt):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError
+    with patched(sys, 'stdin', Terminal()), patched(builtins, 'input', type_next), contextlib.redirect_stdout(screen):
+        predict.main([tiny_run('full'), '--explain'])
+    text = screen.getvalue()
+    assert 'negative, positive' in text and '\tthe song was warm' in text
+    assert re.sub('\033[^m]*m', '', text).count('the song was warm') == 2 and '\033[48;5;' in text
 
 
 def test_scripts_end_as_they_should():
