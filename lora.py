@@ -232,7 +232,8 @@ def free_folder(name, method):
     """runs/NAME-METHOD, numbered if it is taken."""
     stem = os.path.splitext(os.path.basename(os.path.normpath(name)))[0] or 'data'
     first = os.path.join('runs', f'{stem}-{method}')
-    return next(path for path in (first, *(f'{first}-{i}' for i in itertools.count(2))) if not os.path.exists(path))
+    numbered = (f'{first}-{i}' for i in itertools.count(2))
+    return next(path for path in itertools.chain([first], numbered) if not os.path.exists(path))
 
 
 def base_info(args, out, model):

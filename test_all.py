@@ -1776,6 +1776,19 @@ def test_flags_that_make_no_sense():
     raises(UserError, train_cls.main, [*TINY, '--out', tiny_run('lora')], match='already holds a run')
 
 
+def test_default_run_folder():
+    """runs/DATA-METHOD in the working folder, numbered when it is taken."""
+    here, folder = os.getcwd(), tmp()
+    try:
+        os.chdir(folder)
+        for name in ('runs/demo-head', 'runs/demo-head-2', 'runs/demo-head-3'):
+            code, text, _ = script(train_cls.main, [*TINY, '--head', '--max_steps', '1'])
+            assert not code and os.path.isfile(os.path.join(name, 'run.json')) and f'saved in {name};' in text
+        assert lora.free_folder('some/where/mine.csv', 'lora') == os.path.join('runs', 'mine-lora')
+    finally:
+        os.chdir(here)
+
+
 def test_dash_and_underscore_are_the_same_flag():
     a, b = (records(train(*TINY, '--head', flag, '2')[0])[-1]['step'] for flag in ('--max-steps', '--max_steps'))
     assert a == b == 2
