@@ -16,6 +16,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -584,6 +585,11 @@ def server(files):
         def log_message(self, *a):
             pass
     s = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    try:
+        socket.create_connection(s.server_address, timeout=5).close()
+    except OSError as e:  # not even the loopback interface is up
+        s.server_close()
+        skip(f"no server can be reached on this machine: {e}")
     threading.Thread(target=s.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True).start()
     try:
         with environment(no_proxy="127.0.0.1", NO_PROXY="127.0.0.1"):
