@@ -14,10 +14,10 @@ import sys
 import tempfile
 import time
 
+import data     # first: its excepthook covers the seconds that torch takes to import
 import numpy as np
 import torch
 
-import data
 import model as gpt
 from data import UserError
 

@@ -38,6 +38,15 @@ def cli(main):
         code = 0
     sys.exit(code)
 
+def end_quietly(kind, value, trace):
+    """sys.excepthook: Ctrl-C while a script is still importing torch ends it without a traceback, too."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, value, trace)
+
+sys.excepthook = end_quietly
+
 class Parser(argparse.ArgumentParser):
     """argparse with --max-steps == --max_steps (define them with _), no abbreviations, and mistakes as UserError."""
 

@@ -9,9 +9,9 @@ import json
 import os
 import sys
 
+import data     # first: its excepthook covers the seconds that torch takes to import
 import numpy as np
 
-import data
 import lora
 from data import UserError
 from eval import softmax

@@ -1907,6 +1907,12 @@ def test_predict_on_a_terminal():
     assert re.sub('\033[^m]*m', '', text).count('the song was warm') == 2 and '\033[48;5;' in text
 
 
+def test_ctrl_c_while_importing():
+    code = 'import data, os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)'
+    p = subprocess.run([sys.executable, '-c', code], cwd=os.path.dirname(os.path.abspath(__file__)), stderr=subprocess.PIPE, text=True)
+    assert p.returncode in (-signal.SIGINT, 130) and p.stderr == 'interrupted\n', p
+
+
 def test_scripts_end_as_they_should():
     """As a user runs them: exit codes, one sentence on stderr, no traceback."""
     here = os.path.dirname(os.path.abspath(__file__))

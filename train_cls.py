@@ -14,11 +14,11 @@ import sys
 import textwrap
 import time
 
+import data     # first: its excepthook covers the seconds that torch takes to import
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import data
 import lora
 import model as gpt
 from data import UserError
