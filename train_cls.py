@@ -38,7 +38,7 @@ def parse(argv):
     p.add_argument('--test', metavar='FILE', help='test rows of your own data; without it they are taken from --data')
     p.add_argument('--text_col', metavar='NAME', help='column or key of the text in your own data; guessed from common names without it')
     p.add_argument('--label_col', metavar='NAME', help='column or key of the label in your own data; guessed from common names without it')
-    p.add_argument('--max_length', type=data.positive, default=128, help='tokens a text is cut to; SST-2 has at most 66')
+    p.add_argument('--max_length', type=data.positive, default=128, help='tokens a text is cut to; SST-2 has at most 65')
     p.add_argument('--truncate', choices=('head', 'tail'), default='head', help='keep the head (start) or the tail (end) of a text that is too long')
     p.add_argument('--max_samples', type=data.positive, metavar='N', help='train on at most N rows per class, chosen by the seed')
     p.add_argument('--balance', action='store_true', help='drop rows of the larger classes until all classes are as small as the smallest')
