@@ -159,7 +159,7 @@ def main(argv=None):
     p.add_argument('--dtype', choices=('bf16', 'fp32'), default='bf16', help='precision of the matrix products on both sides')
     p.add_argument('--json', metavar='FILE', help='write the figures there')
     p.add_argument('--hf_worker', metavar='DIR', help='(used by bench.py itself: run the Hugging Face side on this base and print its figures)')
-    args, given = p.parse(argv)
+    args, _ = p.parse(argv)
     if args.hf_worker:
         return hf_worker(args)
     folder = base_folder(args.model)

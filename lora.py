@@ -138,9 +138,14 @@ def trainables(model):
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
+def count(model):
+    """-> (parameters that train, all parameters)."""
+    return sum(p.numel() for p in trainables(model).values()), sum(p.numel() for p in model.parameters())
+
+
 def describe(model, wrapped):
     """Lines that say what was wrapped and how many parameters train."""
-    train, total = sum(p.numel() for p in trainables(model).values()), sum(p.numel() for p in model.parameters())
+    train, total = count(model)
     rows = Counter()
     for n in wrapped:
         m = model.get_submodule(n)
@@ -173,7 +178,9 @@ def save_peft(folder, model, base_name, task='SEQ_CLS'):
     config = dict(task_type=task, base_model_name_or_path=base_name, inference_mode=True)
     if model.prompt is None:
         m = next(iter(layers.values()))
-        targets = sorted({n.split('.', 2)[2] for n in layers})      # full names below a block: c_proj alone would mean two layers
+        targets = sorted({n.split('.', 2)[2] for n in layers})      # names below a block: c_proj alone would mean two layers
+        if len(layers) < len(targets) * model.cfg.n_layer:          # not in every block: full names
+            targets = list(layers)
         r = m.A.shape[0]
         config.update(peft_type='LORA', r=r, lora_alpha=m.scale * r, lora_dropout=m.p, bias='none', fan_in_fan_out=True,
                       target_modules=targets, modules_to_save=['score'] if hasattr(model, 'score') else None)

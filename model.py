@@ -39,7 +39,7 @@ SHAPES = {
     'distilgpt2': Config(6, 12, 768),       # 82M
     'nano': Config(4, 4, 128, 256, 257),    # 0.9M, bytes: made here for the demo, see pretrain_nano
 }
-HUB_NAMES = {name: ('distilbert/' if name == 'distilgpt2' else 'openai-community/') + name for name in SHAPES if name != 'nano'}
+HUB_NAMES = {name: f'{owner}/{name}' for name, owner in data.WEIGHTS.items()}
 
 # -------------------------------------------------------------------------------------------------------------- model
 

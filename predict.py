@@ -99,7 +99,7 @@ def main(argv=None):
     p.add_argument('--explain', action='store_true', help='a number per token: how much the decision leans on it (one forward pass per token)')
     p.add_argument('--device', default='auto', help='auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps')
     p.add_argument('--dtype', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the matrix products; auto: the fastest native one')
-    args, given = p.parse(argv)
+    args, _ = p.parse(argv)
     if args.text and args.file:
         raise UserError('give texts or --file, not both')
     if args.text_col and not args.file:

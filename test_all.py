@@ -1259,7 +1259,7 @@ def test_load_every_style():
     ids, lengths = ragged(257, pad=256)
     want = model.classify(ids, lengths)
     prefixed = {n if n == 'score.weight' else 'transformer.' + n: t for n, t in plain.items()}
-    masks = {f'h.{i}.attn.bias': torch.ones(1, 1, 4, 4) for i in range(3)} | {'h.0.attn.masked_bias': torch.tensor(-1e4)} if sys.version_info >= (3, 9) else {}
+    masks = {**{f'h.{i}.attn.bias': torch.ones(1, 1, 4, 4) for i in range(3)}, 'h.0.attn.masked_bias': torch.tensor(-1e4)}
     tied = {'lm_head.weight': plain['wte.weight'].clone()}
     for tensors, name in ((plain, 'model.safetensors'), (prefixed, 'model.safetensors'), ({**plain, **masks, **tied}, 'model.safetensors'),
                           (prefixed, 'pytorch_model.bin')):
@@ -1761,6 +1761,14 @@ def test_another_base_is_refused():
     raises(UserError, lora.open_run, out, match='holds no model.safetensors')
     os.remove(os.path.join(out, 'run.json'))
     raises(UserError, lora.open_run, out, match='run.json')
+
+
+def test_lora_on_one_block():
+    """A target that names one block's layer is saved under its full name: the short one would mean that layer in every block."""
+    out, _ = train(*TINY, '--lora', '--targets', 'h.1.mlp.c_fc', '--max_steps', '2')
+    assert data.read_json(os.path.join(out, 'adapter_config.json'))['target_modules'] == ['h.1.mlp.c_fc']
+    model = lora.open_run(out, 'cpu', 'fp32').model
+    assert [n for n, m in model.named_modules() if isinstance(m, lora.LoRA)] == ['h.1.mlp.c_fc']
 
 
 def test_run_without_weights():

@@ -168,7 +168,7 @@ def main(argv=None):
     if not saved and any(os.path.exists(os.path.join(args.out, name)) for name in ('run.json', 'resume.pt')):
         raise UserError(f'--out {args.out} already holds a run; name another folder, remove that one, or go on with it (--resume)')
     data.make_folder(args.out)
-    trained, total = (sum(p.numel() for p in ps) for ps in (lora.trainables(model).values(), model.parameters()))
+    trained, total = lora.count(model)
     info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed, labels=ds.labels,
                 base=lora.base_info(args, args.out, model), rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')},
                 args=vars(args), parameters=dict(trainable=trained, total=total),
