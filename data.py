@@ -458,12 +458,21 @@ def text_of(where, row, text_col):
         raise UserError(f"{where}: the text {text_col!r} is missing or no string; give every row one")
     return mend(row[text_col])
 
-def stream_csv(f, path, delimiter, text_col=None):
-    """The texts of an open .csv or .tsv file (newline=''), one by one, without their labels."""
-    return stream(csv_rows(f, path, delimiter), path, text_col)
-
-def stream_jsonl(f, path, text_col=None):
-    return stream(json_rows(f, path), path, text_col)
+def read_texts(path, text_col=None):
+    """Yield the texts of a file one by one: the text column of .csv / .tsv, the text key of .jsonl, else every line."""
+    kind = os.path.splitext(path)[1].lower()
+    try:
+        with open(path, encoding="utf-8-sig", newline="" if kind in (".csv", ".tsv") else None) as f:
+            if kind == ".jsonl":
+                yield from stream(json_rows(f, path), path, text_col)
+            elif kind in (".csv", ".tsv"):
+                yield from stream(csv_rows(f, path, "," if kind == ".csv" else "\t"), path, text_col)
+            else:
+                yield from (line.rstrip("\n") for line in f)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}; check the path") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 (byte 0x{e.object[e.start]:02x}); save it as UTF-8") from None
 
 def stream(found, path, text_col):
     for where, r in found:
@@ -578,6 +587,25 @@ def load(name, seed=1337, data_dir=None, val=None, test=None, text_col=None, lab
     ids = {label: i for i, label in enumerate(labels)}
     return Dataset(name, labels, *[Split([text for text, _ in part], np.array([ids[label] for _, label in part], np.int64))
                                    for part in (train, rows["val"], rows["test"])], notes)
+
+def load_texts(name, **flags):
+    """
+    Texts for a language model, labels unused -> (train texts, val texts, notes).  name: as in load, whose flags are taken (the
+    same seed keeps the same texts out of train); of the demo its unlabelled sentences; of a file that is no table every line.
+    """
+    if os.path.isfile(name) and os.path.splitext(name)[1].lower() not in KINDS:
+        for flag in ("val", "test", "text_col", "label_col", "balance"):
+            if flags[flag]:
+                raise UserError(f"--{flag} does nothing with {name}, which is read line by line")
+        texts = list(dict.fromkeys(t for t in read_texts(name) if t.strip()))
+        order = np.random.RandomState(flags["seed"] % 2**32).permutation(len(texts))
+        n = min(len(texts) // 10, 1000)
+        if not n:
+            raise UserError(f"{name} has {len(texts)} different lines; at least 10 are needed, to keep one for validation")
+        end = n + (flags["max_samples"] or len(texts))
+        return [texts[i] for i in sorted(order[n:end])], [texts[i] for i in sorted(order[:n])], [f"val: {n:,} lines"]
+    d = load(name, **flags)
+    return demo_unlabelled(flags["max_samples"] or 20000) if name == "demo" else d.train.texts, d.val.texts, d.notes
 
 def count(rows, labels):
     counted = collections.Counter(label for _, label in rows)

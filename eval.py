@@ -2,6 +2,7 @@
 
     python eval.py runs/sst2                                 the test split of the run's own data, made again from run.json
     python eval.py runs/lora runs/head                       side by side on the same rows, with McNemar's test
+    python eval.py runs/lora runs/gen-lora                   discriminative or generative: which is better here?
     python eval.py runs/sst2 --test new.csv                  every row of another labelled file
     python eval.py --preds preds.json --labels labels.json   numbers from files, whatever program wrote them
 """
@@ -81,6 +82,22 @@ def metrics(probs, y, labels, seed=0, pred=None):
     return m
 
 
+def run_metrics(run, logits, y, labels, calibrated=False):
+    """
+    An opened run's logits (N, K), columns in the run's order, on y (N,) in the order of labels -> metrics(), probs (N, K) in
+    that order, pred (N,).  A generative run's probabilities are the calibrated ones, its predictions those of Bayes' rule
+    without calibration, unless calibrated; nll, brier and ece before calibration stand under 'uncalibrated'.
+    """
+    order = [run.labels.index(name) for name in labels]
+    probs, logits = softmax(run.calibrated(logits))[:, order], logits[:, order]
+    if run.kind == "cls":
+        return metrics(probs, y, labels), probs, probs.argmax(1)
+    pred = (probs if calibrated else logits).argmax(1)
+    m, raw = metrics(probs, y, labels, pred=pred), metrics(softmax(logits), y, labels)
+    m["uncalibrated"] = {key: raw[key] for key in ("nll", "brier", "ece")}
+    return m, probs, pred
+
+
 def compare(first, other, seed=0):
     """Is `other` better than `first`?  Two bool arrays (N,), the same rows: which rows each of them got right.
 
@@ -116,6 +133,8 @@ def report(m, labels):
              f"macro F1 {m['macro_f1']:.4f}   weighted F1 {m['weighted_f1']:.4f}   MCC {m['mcc']:.4f}"]
     if m["nll"] is not None:
         lines.append(f"NLL {m['nll']:.4f} nats   Brier {m['brier']:.4f}   ECE {m['ece']:.4f}")
+    if "uncalibrated" in m:
+        lines[-1] += "   (before calibration {nll:.4f}, {brier:.4f}, {ece:.4f})".format(**m["uncalibrated"])
     if cm.sum() < m["n"]:
         lines.append(f"coverage {m['coverage']:.4f}: {m['n'] - cm.sum():,} texts got no label and count as wrong; "
                      f"accuracy on the others {np.trace(cm) / max(cm.sum(), 1):.4f}")
@@ -223,16 +242,6 @@ def read_preds(preds_path, labels_path):
 
 # --- predictions from runs ---
 
-def read_run(path):
-    """run.json of a classifier's run folder."""
-    if not os.path.isfile(os.path.join(path, "run.json")):
-        raise UserError(f"{path} is not a run (no run.json in it): give a folder that a train script wrote with --out")
-    info = data.read_json(os.path.join(path, "run.json"))
-    if not isinstance(info, dict) or not info.get("labels") or not info.get("args"):
-        raise UserError(f"{path}/run.json has no labels or no args, so it is no classifier: train one with train_cls.py")
-    return info
-
-
 def own_data(info, data_dir):
     """The data set a run was trained on, split by the same seed; of a --quick run the same few rows."""
     a = info["args"]
@@ -244,9 +253,9 @@ def own_data(info, data_dir):
 
 
 def score(args, out):
-    """Every run on the same rows -> data set, label names, y (N,), one probs (N, K) per run, its columns in that order."""
+    """Every run on the same rows -> data set, label names, y (N,), and run_metrics() of each run."""
     import lora   # here, because torch takes seconds to import and --preds does without it
-    infos = [read_run(path) for path in args.run]
+    infos = [lora.read_run(path) for path in args.run]
     first, labels = infos[0]["args"], infos[0]["labels"]
     for path, info in zip(args.run, infos):
         if sorted(info["labels"]) != sorted(labels):
@@ -277,11 +286,14 @@ def score(args, out):
         if not args.data and not args.test and any(info["args"][key] != first[key] for key in split_by):
             seen = set(own_data(info, args.data_dir).train.texts)
             print(f"  trained on another split; {sum(t in seen for t in texts):,} of these texts were in it", file=out)
+        if run.kind == "gen":
+            run.method = args.method
+        elif args.calibrated or args.method != "exact":
+            raise UserError(f"{path} is a discriminative run: --calibrated and --method are for generative ones")
         logits = run.logits(texts, progress=True, cache=True)                 # (N, K)
-        logits = logits[:, [run.labels.index(name) for name in labels]]
         if not np.isfinite(logits).all():
             raise UserError(f"{path} gives logits that are not finite: try --dtype fp32, or train again with a smaller --lr")
-        every.append(softmax(logits))
+        every.append(run_metrics(run, logits, y, labels, args.calibrated))
     return ds, labels, y, every
 
 # --- plots ---
@@ -381,6 +393,10 @@ def main(argv=None):
     p.add_argument("--text_col", metavar="NAME", help="column of the text in --data or --test (default: guessed)")
     p.add_argument("--label_col", metavar="NAME", help="column of the label in --data or --test (default: guessed)")
     p.add_argument("--data_dir", metavar="DIR", help="folder to look in for data before the cache (default: the run's)")
+    # generative runs
+    p.add_argument("--method", default="exact", choices=["exact", "loss"], help="how texts are scored: exact sums, or one text at "
+                   "a time the mean loss times the number of tokens, which is slow and must agree")
+    p.add_argument("--calibrated", action="store_true", help="decide by the calibrated probabilities, not by Bayes' rule alone")
     # output
     p.add_argument("--plot", metavar="DIR", help="write curves.png, confusion.png, reliability.png there (needs matplotlib)")
     p.add_argument("--json", metavar="FILE", help="write all the numbers there; - = to stdout, the tables then go to stderr")
@@ -394,7 +410,7 @@ def main(argv=None):
         raise UserError("give either run folders or --preds with --labels, and not both")
     if bool(args.preds) != bool(args.labels):
         raise UserError("--preds and --labels go together: one file of predictions, one of true labels")
-    for flag in ("data", "split", "val", "test", "text_col", "label_col", "data_dir", "device", "dtype"):
+    for flag in ("data", "split", "val", "test", "text_col", "label_col", "data_dir", "device", "dtype", "method", "calibrated"):
         if args.preds and flag in given:
             raise UserError(f"--{flag} has no meaning with --preds, which loads no data and no model: leave it out")
     for flag in ("val", "text_col", "label_col"):
@@ -416,8 +432,8 @@ def main(argv=None):
         what = dict(data=args.labels, split=None)
     else:
         ds, labels, y, every = score(args, out)
-        names, results = args.run, [metrics(probs, y, labels) for probs in every]
-        tests = [compare(every[0].argmax(1) == y, probs.argmax(1) == y) for probs in every[1:]]
+        names, (results, every, preds) = args.run, zip(*every)
+        tests = [compare(preds[0] == y, pred == y) for pred in preds[1:]]
         what = dict(data=ds.name, split=args.split)
     print(side_by_side(names, results, tests) if tests else report(results[0], labels), file=out)
 

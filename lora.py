@@ -1,11 +1,14 @@
 """What trains and what stays frozen: LoRA on GPT-2's Conv1D and on nn.Linear, Houlsby adapters, prompt tuning, head, last K blocks, full;
-PEFT's files in and out; and open_run, which gives back a trained run ready to classify."""
+PEFT's files in and out; what the training scripts share of their flags; and open_run, which gives back a trained run ready to classify."""
+import argparse
 import itertools
 import math
 import os
 import re
+import textwrap
 from collections import Counter
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -15,7 +18,12 @@ import model as gpt
 from data import UserError
 from model import GPT, Conv1D
 
-METHODS = ('lora', 'head', 'last', 'full', 'adapter', 'prompt')
+METHODS = dict(cls=('lora', 'head', 'last', 'full', 'adapter', 'prompt'), gen=('lora', 'full', 'prefix', 'zero_shot'))
+# where published recipes for pretrained GPT-2 start; random weights need larger steps
+LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2, prefix=3e-5, pretrain=3e-5)
+LR_SCRATCH = 3e-4
+LR_NANO = 3e-3                                      # LoRA on the demo's small model
+LR_HELP = 'peak learning rate; without it ' + ', '.join(f'{m} {rate:g}' for m, rate in [*LR.items(), ('with --scratch', LR_SCRATCH), ('LoRA on nano', LR_NANO)])
 TARGETS = 'c_attn,attn.c_proj,c_fc,mlp.c_proj'      # every matrix of a block; beats attention alone at the same number of parameters
 SMALL_BASE = 20_000_000                             # bytes; a base model below this travels inside the run folder
 
@@ -35,20 +43,27 @@ class LoRA(nn.Module):
     """y = base(x) + (alpha / r) dropout(x) A^T B^T around a frozen layer (Hu et al. 2021, arXiv 2106.09685).
 
     A (r, in) starts uniform within 1/sqrt(in), B (out, r) at zero, so training starts from the base model. The product B A is never
-    formed in forward: two thin matrix products cost r (in + out) per token instead of in x out."""
+    formed in forward: two thin matrix products cost r (in + out) per token instead of in x out.
 
-    def __init__(self, base, r, scale, p):
+    With classes K > 0 there are K updates, A (K, r, in) and B (K, out, r), and the rows of x are K equal parts, one for each of them."""
+
+    def __init__(self, base, r, scale, p, classes=0):
         super().__init__()
         n_in, n_out = base.weight.shape if isinstance(base, Conv1D) else base.weight.shape[::-1]    # Conv1D stores (in, out)
         self.base, self.scale, self.p = base, scale, p              # p: dropout
-        self.A = nn.Parameter(torch.empty(r, n_in).uniform_(-1 / math.sqrt(n_in), 1 / math.sqrt(n_in)))
-        self.B = nn.Parameter(torch.zeros(n_out, r))
+        axis = (classes,) if classes else ()
+        self.A = nn.Parameter(torch.empty(*axis, r, n_in).uniform_(-1 / math.sqrt(n_in), 1 / math.sqrt(n_in)))
+        self.B = nn.Parameter(torch.zeros(*axis, n_out, r))
 
     def forward(self, x):                                           # (..., in) -> (..., out)
         y = self.base(x)
         x = x.to(y.dtype)                                           # under autocast: rounded once, before the mask
         if self.training and self.p:
             x = dropout(x, self.p)
+        if self.A.dim() == 3:                                       # (K B, T, in): K slices of B T rows
+            k = len(self.A)
+            a = torch.bmm(x.reshape(k, -1, x.shape[-1]), self.A.transpose(1, 2).to(x.dtype)) * self.scale    # (K, B T, r)
+            return torch.baddbmm(y.view(k, -1, y.shape[-1]), a, self.B.transpose(1, 2).to(y.dtype)).view(y.shape)
         a = F.linear(x, self.A) * self.scale                        # (..., r)
         return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), self.B.t()).view(y.shape)            # the sum costs no pass of its own
 
@@ -77,9 +92,10 @@ class Adapter(nn.Module):
 WRAPPER = re.compile(r'\.(base|sub)\.')                             # what wrapping adds to a weight's name
 
 
-def add_lora(model, r, alpha, dropout, targets, rslora=False):
+def add_lora(model, r, alpha, dropout, targets, rslora=False, classes=0):
     """Wrap every Conv1D / nn.Linear of the blocks whose name is, or ends with, one of `targets` (PEFT's rule), or matches it as a regular
-    expression if `targets` is a string. Scale alpha / r, or alpha / sqrt(r) with rslora. -> names wrapped.
+    expression if `targets` is a string. Scale alpha / r, or alpha / sqrt(r) with rslora. classes: K updates in one layer, of a
+    model that reads every text K times; 0 = one. -> names wrapped.
     Raises UserError for a target that matches nothing, listing what there is."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (Conv1D, nn.Linear)) and n.startswith('h.')}
     if isinstance(targets, str):
@@ -94,7 +110,8 @@ def add_lora(model, r, alpha, dropout, targets, rslora=False):
     names = [n for n in layers if n in chosen]                      # in the model's order
     for n in names:
         parent, _, child = n.rpartition('.')
-        setattr(model.get_submodule(parent), child, LoRA(layers[n], r, alpha / (math.sqrt(r) if rslora else r), dropout))
+        setattr(model.get_submodule(parent), child, LoRA(layers[n], r, alpha / (math.sqrt(r) if rslora else r), dropout, classes))
+    model.classes = classes
     return names
 
 
@@ -106,17 +123,20 @@ def add_adapters(model, bottleneck):
     return [n for n, m in model.named_modules() if isinstance(m, Adapter)]
 
 
-def add_prompt(model, n):
-    """n learned vectors in front of every text (Lester et al. 2021, arXiv 2104.08691), started at the embeddings of n random tokens."""
+def add_prompt(model, n, classes=0):
+    """n learned vectors in front of every text (Lester et al. 2021, arXiv 2104.08691), started at the embeddings of n random tokens.
+    classes: K such prompts (K, n, C), of a model that reads every text K times; 0 = one (n, C)."""
     if not 0 < n < model.cfg.block_size:
         raise UserError(f'--prompt {n}: this model has {model.cfg.block_size} positions, and a text needs at least one of them')
-    model.prompt = nn.Parameter(model.wte.weight.detach()[torch.randint(model.cfg.vocab_size, (n,))].float().clone())
+    shape = (classes, n) if classes else (n,)
+    model.prompt = nn.Parameter(model.wte.weight.detach()[torch.randint(model.cfg.vocab_size, shape)].float().clone())
+    model.classes = classes
 
 
 def adapt(model, method, last=0, r=8, alpha=16.0, dropout=0.0, targets=TARGETS.split(','), bottleneck=64, prompt=0):
     """Make `model` ready for a method: freeze what is frozen, add what is added. -> names of the wrapped modules."""
     wrapped = []
-    model.requires_grad_(method == 'full')                          # what is added below trains
+    model.requires_grad_(method in ('full', 'pretrain', 'prefix'))  # what is added below trains
     if method == 'lora':
         wrapped = add_lora(model, r, alpha, dropout, targets)
     elif method == 'adapter':
@@ -172,65 +192,144 @@ def merged_state(model):
 PREFIX = 'base_model.model.transformer.'
 
 
-def save_peft(folder, model, base_name, task='SEQ_CLS'):
-    """Write a model's LoRA or prompt vectors, with its head, as PEFT's adapter_config.json and adapter_model.safetensors."""
+def save_peft(folder, model, base_name, at=None):
+    """Write a model's LoRA or prompt vectors, with its head if it has one, as PEFT's adapter_config.json and adapter_model.safetensors.
+    at: which class, of a model with classes."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRA)}
-    config = dict(task_type=task, base_model_name_or_path=base_name, inference_mode=True)
+    config = dict(task_type='SEQ_CLS' if hasattr(model, 'score') else 'CAUSAL_LM', base_model_name_or_path=base_name, inference_mode=True)
     if model.prompt is None:
         m = next(iter(layers.values()))
         targets = sorted({n.split('.', 2)[2] for n in layers})      # names below a block: c_proj alone would mean two layers
         if len(layers) < len(targets) * model.cfg.n_layer:          # not in every block: full names
             targets = list(layers)
-        r = m.A.shape[0]
+        r = m.A.shape[-2]
         config.update(peft_type='LORA', r=r, lora_alpha=m.scale * r, lora_dropout=m.p, bias='none', fan_in_fan_out=True,
                       target_modules=targets, modules_to_save=['score'] if hasattr(model, 'score') else None)
-        tensors = {f'{PREFIX}{n}.lora_{k}.weight': getattr(m, k) for n, m in layers.items() for k in 'AB'}
-        head = 'base_model.model.score.weight'
     else:
         cfg = model.cfg
-        config.update(peft_type='PROMPT_TUNING', num_virtual_tokens=len(model.prompt), token_dim=cfg.n_embd, num_layers=cfg.n_layer,
+        config.update(peft_type='PROMPT_TUNING', num_virtual_tokens=model.prompt.shape[-2], token_dim=cfg.n_embd, num_layers=cfg.n_layer,
                       num_attention_heads=cfg.n_head, num_transformer_submodules=1)
-        tensors, head = {'prompt_embeddings': model.prompt}, 'base_model.score.weight'
-    if hasattr(model, 'score'):
-        tensors[head] = model.score.weight
-    gpt.save_safetensors(os.path.join(folder, 'adapter_model.safetensors'), {n: t.detach().float() for n, t in tensors.items()})
+    params = dict(model.named_parameters())
+    tensors = {there: params[here].detach().float() for there, here in peft_names(model).items()}
+    if at is not None:
+        tensors = {n: t[at] for n, t in tensors.items()}
+    gpt.save_safetensors(os.path.join(folder, 'adapter_model.safetensors'), tensors)
     data.write_json(os.path.join(folder, 'adapter_config.json'), config)
 
 
-def load_peft(folder, model):
-    """Add the adapter of a PEFT folder to `model` (a fresh GPT) and fill it. Every tensor must find its place and every place its tensor."""
+def peft_names(model):
+    """{name in PEFT's file: name in the model} of a model's LoRA or prompt, and of its head."""
+    if model.prompt is None:
+        names = {f'{PREFIX}{n}.lora_{k}.weight': f'{n}.{k}' for n, m in model.named_modules() if isinstance(m, LoRA) for k in 'AB'}
+        head = 'base_model.model.score.weight'
+    else:
+        names, head = {'prompt_embeddings': 'prompt'}, 'base_model.score.weight'
+    return {**names, head: 'score.weight'} if hasattr(model, 'score') else names
+
+
+def load_peft(folder, model, classes=0):
+    """Add the adapter of a PEFT folder to `model` (a fresh GPT) and fill it. Every tensor must find its place and every place its tensor.
+    classes: K; `folder` is then a list of K folders, whose adapters must be of one kind and shape."""
+    folders = folder if classes else [folder]
+    configs = [peft_config(one) for one in folders]
+    for one, config in zip(folders, configs):
+        differ = [key for key in config if key != 'dropout' and config[key] != configs[0].get(key)]
+        if differ:
+            raise UserError(f'{one}: {differ[0]} is {config[differ[0]]}, but {configs[0].get(differ[0])} in {folders[0]}; '
+                            'the adapters of one classifier must agree')
+    if 'r' in configs[0]:
+        add_lora(model, **configs[0], classes=classes)
+    else:
+        add_prompt(model, **configs[0], classes=classes)
+    for i, one in enumerate(folders):
+        fill(model, gpt.load_safetensors(os.path.join(one, 'adapter_model.safetensors')), peft_names(model), one, i if classes else None)
+
+
+def peft_config(folder):
+    """adapter_config.json of a PEFT folder -> the arguments of add_lora or add_prompt. UserError for what nanocls does not support."""
     path = os.path.join(folder, 'adapter_config.json')
     c = data.read_json(path)
     kind = c.get('peft_type')
     try:
-        if kind == 'LORA':
-            for key in ('use_dora', 'rank_pattern', 'alpha_pattern', 'layers_to_transform', 'exclude_modules', 'trainable_token_indices'):
-                if c.get(key):
-                    raise UserError(f'{path}: {key} is set, which nanocls does not support')
-            if c.get('bias', 'none') != 'none':
-                raise UserError(f'{path}: bias is {c["bias"]!r}; only "none" is supported')
-            add_lora(model, int(c['r']), float(c['lora_alpha']), float(c.get('lora_dropout', 0.0)), c['target_modules'], bool(c.get('use_rslora')))
-            names = {f'{PREFIX}{n}.lora_{k}.weight': f'{n}.{k}' for n, m in model.named_modules() if isinstance(m, LoRA) for k in 'AB'}
-            head = 'base_model.model.score.weight'
-        elif kind == 'PROMPT_TUNING':
-            add_prompt(model, int(c['num_virtual_tokens']))
-            names, head = {'prompt_embeddings': 'prompt'}, 'base_model.score.weight'
-        else:
+        if kind == 'PROMPT_TUNING':
+            return dict(n=int(c['num_virtual_tokens']))
+        if kind != 'LORA':
             raise UserError(f'{path}: peft_type is {kind!r}; LORA and PROMPT_TUNING are supported')
+        for key in ('use_dora', 'rank_pattern', 'alpha_pattern', 'layers_to_transform', 'exclude_modules', 'trainable_token_indices'):
+            if c.get(key):
+                raise UserError(f'{path}: {key} is set, which nanocls does not support')
+        if c.get('bias', 'none') != 'none':
+            raise UserError(f'{path}: bias is {c["bias"]!r}; only "none" is supported')
+        targets = c['target_modules']                               # a list in any order, or one regular expression
+        return dict(r=int(c['r']), alpha=float(c['lora_alpha']), dropout=float(c.get('lora_dropout', 0.0)),
+                    targets=targets if isinstance(targets, str) else sorted(targets), rslora=bool(c.get('use_rslora')))
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f'{path}: a field is missing or malformed ({e})')
-    if hasattr(model, 'score'):
-        names[head] = 'score.weight'
-    fill(model, gpt.load_safetensors(os.path.join(folder, 'adapter_model.safetensors')), names, folder)
 
 
-def fill(model, tensors, names, folder):
-    """Copy tensors {name in file: tensor} into the parameters {name in file: name in model}. UserError lists all that does not fit."""
-    params = dict(model.named_parameters())
+def fill(model, tensors, names, folder, at=None):
+    """Copy tensors {name in file: tensor} into the parameters {name in file: name in model}, or into the slice `at` of each.
+    UserError lists all that does not fit."""
+    params = {n: p.detach() if at is None else p.detach()[at] for n, p in model.named_parameters() if n in names.values()}
     gpt.check_tensors(tensors, {n: params[p].shape for n, p in names.items()}, f'{folder} does not fit this model')
-    with torch.no_grad():
-        for n, p in names.items():
-            params[p].copy_(tensors[n])
+    for n, p in names.items():
+        params[p].copy_(tensors[n])
+
+
+# ------------------------------------------------------------------------------------------- flags of the training scripts
+
+def settle(args, given, needs):
+    """Fill in what the flags leave open, after refusing those that would do nothing. given: the names that were typed;
+    needs: {name: (the flag without which it does nothing, whether that one is there)}, beyond what both scripts need."""
+    needs = {**dict.fromkeys(('r', 'alpha', 'dropout', 'targets'), ('--lora', args.method == 'lora')),
+             **dict.fromkeys(('n_layer', 'n_head', 'n_embd', 'block_size'), ('--scratch', args.scratch)), **needs}
+    for name, (flag, present) in needs.items():
+        if name in given and not present:
+            raise UserError(f'--{name} does nothing without {flag}')
+    if {'max_steps', 'epochs'} <= given:
+        raise UserError('--max_steps and --epochs both set the length of the run; give one of them')
+    if args.quick:
+        args.max_samples = args.max_samples or 100
+        args.epochs = args.epochs or (None if 'max_steps' in given else 1.0)
+    if args.data == 'demo' and 'model' not in given:
+        args.model = 'nano'
+    if args.model == 'nano' and 'data' not in given:
+        args.data = 'demo'
+    args.lr = args.lr or default_lr(args)
+    args.targets = [t.strip() for t in args.targets.split(',')]
+
+
+def default_lr(args):
+    if args.scratch:
+        return LR_SCRATCH
+    return LR_NANO if (args.model, args.method) == ('nano', 'lora') else LR.get(args.method)
+
+
+def resumed(args, given, saved):
+    """The flags of an interrupted run (a dictionary), its folder as it is called now. A flag that was typed and differs is refused."""
+    strange = [name for name in vars(args) if name not in saved]
+    if strange:
+        raise UserError(f'{args.out} was not started by this script and version (its flags lack --{strange[0]}); go on with the one that did')
+    for name in given - {'resume', 'out'}:
+        if getattr(args, name) != saved[name]:
+            raise UserError(f'--{name} {getattr(args, name)} differs from the interrupted run\'s {saved[name]}; a resumed run keeps its flags')
+    return argparse.Namespace(**{**saved, 'out': args.out})
+
+
+def or_demo(get, args, given, insist):
+    """get(), and if what it needs cannot be downloaded and the user named neither data nor model: the demo instead, said in a box."""
+    try:
+        return get()
+    except data.Unavailable as e:
+        if insist or given & {'data', 'model'}:
+            raise
+        print(f'+{"-" * 98}\n' + textwrap.indent(textwrap.fill(
+            f'{e}. This run uses the built-in demo instead: synthetic sentences, and `nano`, a small language model that is trained on '
+            'them here. Name --data or --model to insist on them.', 97), '| ') + f'\n+{"-" * 98}', flush=True)
+    args.data, args.model = 'demo', 'nano'
+    if 'lr' not in given:
+        args.lr = default_lr(args)
+    return get()
 
 
 # ----------------------------------------------------------------------------------------------------------- run folders
@@ -247,7 +346,7 @@ def base_info(args, out, model):
     """What run.json says of the base model, and the base itself where the run would be lost without it: a random one (--scratch) that
     stays frozen is written to out/base, a small one is copied there."""
     base = os.path.join(out, 'base')
-    stays = args.method in ('lora', 'adapter', 'prompt')            # the other methods save every weight
+    stays = args.method in ('lora', 'adapter', 'prompt', 'zero_shot')    # the other methods save every weight
     if args.scratch:
         if stays:
             frozen = {WRAPPER.sub('.', n): t for n, t in model.float32_state().items() if n not in trainables(model)}
@@ -265,7 +364,7 @@ def base_info(args, out, model):
 
 
 def save_weights(folder, model, method, labels, base_name):
-    """Write what a method trained, in the format other programs load (design: HF folder, PEFT folder, or adapter.safetensors)."""
+    """Write what a method of train_cls.py trained, in the format other programs load: HF folder, PEFT folder, or adapter.safetensors."""
     if method in ('lora', 'prompt'):
         save_peft(folder, model, gpt.HUB_NAMES.get(base_name, base_name))
     elif method == 'adapter':
@@ -275,7 +374,10 @@ def save_weights(folder, model, method, labels, base_name):
 
 
 class Run:
-    """A trained run, ready to classify: .info (run.json), .labels, .args (all training flags), .model, .enc, .device, .dtype, .reason."""
+    """A trained classifier, ready for texts: .info (run.json), .kind, .labels, .args (all training flags), .model, .enc, .device, .dtype, .reason."""
+
+    kind = 'cls'
+    answers = None
 
     def __init__(self, path, info, model, device, dtype, reason):
         self.path, self.info, self.labels, self.args = path, info, info['labels'], info['args']
@@ -284,12 +386,104 @@ class Run:
         self.enc = data.tokenizer(tokenizer_name(model), self.args['data_dir'])
 
     def logits(self, texts, progress=False, cache=False):
-        """texts: list of str -> logits (N, K) float32 numpy, in the order of the texts. cache=True keeps their token ids on disk."""
+        """texts: list of str -> logits (N, K) float32 numpy, in the order of the texts; the largest is the predicted class.
+        cache=True keeps their token ids on disk."""
         return self.logits_of(data.tokenize(self.enc, texts, cache=cache), progress)
 
     def logits_of(self, tokens, progress=False):
         """The same for data.Tokens."""
         return gpt.class_logits(self.model, tokens, self.args['max_length'], self.args['truncate'], self.device, self.dtype, progress=progress)
+
+    def calibrated(self, logits):
+        """Logits (N, K) -> those whose softmax is the probability of the classes: a discriminative run's own."""
+        return logits
+
+
+class GenRun(Run):
+    """A generative classifier: logits = log P(text | class) + log P(class), in nats, and its calibration.
+
+    .passes: pairs (model, context) that are run over the texts one after another, and whose columns together are the classes: one model with
+    a class axis (lora, prefix), one model per class (full), one model behind each class's prompt (zero_shot). With .answers, {class: ids},
+    the classes' words behind the text are scored instead, and .neutral (K,) is subtracted, their log P behind texts that say nothing."""
+
+    kind = 'gen'
+
+    def __init__(self, path, info, passes, answers, device, dtype, reason):
+        super().__init__(path, info, passes[0][0], device, dtype, reason)
+        for model, _ in passes[1:]:
+            if model is not self.model:
+                gpt.place(model.requires_grad_(False), device, dtype).eval()
+        self.passes, self.method = passes, 'exact'
+        self.log_prior = np.log([info['prior'][label] for label in self.labels], dtype=np.float32)
+        c = info.get('calibration') or dict(tau=1.0, bias=dict.fromkeys(self.labels, 0.0))
+        self.tau, self.bias = c['tau'], np.array([c['bias'][label] for label in self.labels], np.float32)
+        self.answers = answers
+        if answers:                                                 # contextual calibration (Zhao et al. 2021, arXiv 2102.09690)
+            self.neutral = np.zeros(len(self.labels), np.float32)
+            neutral = self.logprobs_of(data.tokenize(self.enc, NEUTRAL, cache=False))
+            p = np.exp(neutral - np.logaddexp.reduce(neutral, axis=1, keepdims=True))                        # (texts, K)
+            self.neutral = np.log(p.mean(0))
+
+    def logprobs_of(self, tokens, progress=False):
+        """data.Tokens -> log P(text | class) (N, K) float32 numpy, nats; with .answers, log P(class's words | text) - .neutral."""
+        where = (tokens, self.args['max_length'], self.args['truncate'], self.device, self.dtype)
+        if self.answers:
+            return np.concatenate([gpt.answer_logprobs(self.model, *where, self.answers[label], self.method, progress)
+                                   for label in self.labels], axis=1) - self.neutral
+        return np.concatenate([gpt.text_logprobs(model, *where, context, self.method, progress=progress) for model, context in self.passes], axis=1)
+
+    def logits_of(self, tokens, progress=False):
+        """data.Tokens -> log P(text | class) + log P(class), (N, K): Bayes' rule without its constant."""
+        return self.logprobs_of(tokens, progress) + self.log_prior
+
+    def calibrated(self, logits):
+        """Logits (N, K) -> log P(text | class) / tau + log P(class) + b_class, whose softmax is calibrated on the validation rows."""
+        return (logits - self.log_prior) / self.tau + self.log_prior + self.bias
+
+    def nats_per_token(self, tokens, logits):
+        """Mean over its tokens of a text's log-likelihood under the mixture of all classes (N,): how much it is like the training texts."""
+        ends = [float(len(t) <= self.args['max_length'] and t[0] != self.model.end) for t in tokens]
+        return np.logaddexp.reduce(logits, axis=1) / (np.minimum(tokens.lengths, self.args['max_length']) + ends)
+
+    def likelihood_quantile(self, q):
+        """The nats_per_token below which the share q of the validation texts lies."""
+        return float(np.interp(q, np.linspace(0, 1, 101), self.info['likelihood_quantiles']))
+
+    @torch.no_grad()
+    def token_logprobs(self, text):
+        """text -> (its tokens as ids, <|endoftext|> last where that is scored; log p of each under each class (n, K) float32 nats)."""
+        tokens = data.tokenize(self.enc, [text], cache=False)
+        ids, n = data.collate(tokens, [0], self.args['max_length'], self.args['truncate'], self.model.end, self.device)
+        whole = gpt.ends_here(self.model, tokens, [0], self.args['max_length'], self.device)
+        columns = []
+        for model, context in self.passes:
+            with gpt.autocast(self.device, self.dtype):
+                columns.append(model.token_logprobs(ids, n, whole, context).view(model.classes or 1, -1))            # (K, n + 1)
+        out = torch.cat(columns).t()[:int(n + whole)].cpu().numpy()
+        return (ids[0].tolist() + [self.model.end])[:len(out)], out
+
+    @torch.no_grad()
+    def sample(self, label, max_length, temperature=1.0, top_k=0, seed=0):
+        """A new text of a class, token by token, until <|endoftext|> or max_length tokens. temperature divides the logits; top_k: choose
+        among so many tokens, 0 = all of them."""
+        c, generator = self.labels.index(label), torch.Generator().manual_seed(seed)
+        model, context = self.passes[0 if self.model.classes else c]
+        ids = [model.end, *context]
+        start = len(ids)
+        while len(ids) - start < min(max_length, model.cfg.block_size - start):
+            x = torch.tensor([ids] * (model.classes or 1), device=self.device)
+            with gpt.autocast(self.device, self.dtype):
+                h = model.hidden(x)[c if model.classes else 0, -1].float()
+            logits = (F.linear(h, model.wte.weight.float()) / temperature).cpu()                             # (V,)
+            if top_k:
+                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
+            ids.append(int(torch.multinomial(logits.softmax(0), 1, generator=generator)))
+            if ids[-1] == model.end:
+                return self.enc.decode(ids[start:-1], errors='replace')
+        return self.enc.decode(ids[start:], errors='replace')
+
+
+NEUTRAL = ['N/A', '', '[MASK]']                                     # texts that say nothing, as in the paper
 
 
 def tokenizer_name(model):
@@ -300,28 +494,79 @@ def tokenizer_name(model):
     return names[model.cfg.vocab_size]
 
 
-def open_run(path, device='auto', dtype='auto'):
-    """A finished run folder -> Run. Raises UserError where the folder is no run, or its base model cannot be had or is another one."""
+def read_run(path):
+    """run.json of a run folder, checked. Raises UserError where the folder holds no trained classifier."""
     if not os.path.isfile(os.path.join(path, 'run.json')):
-        raise UserError(f'{path} is not a run folder: it has no run.json (train one with train_cls.py --out {path})')
+        raise UserError(f'{path} is not a run folder: it has no run.json (train one with train_cls.py or train_gen.py --out {path})')
     info = data.read_json(os.path.join(path, 'run.json'))
-    if not isinstance(info, dict) or not all(k in info for k in ('labels', 'method', 'args', 'base')) or info['method'] not in METHODS:
-        raise UserError(f'{path}/run.json is not one that train_cls.py wrote')
+    if isinstance(info, dict) and info.get('kind') == 'lm':
+        raise UserError(f'{path} is a language model (--pretrain), not a classifier; train one over it with --model {path}')
+    if (not isinstance(info, dict) or not all(k in info for k in ('labels', 'method', 'args', 'base'))
+            or info['method'] not in METHODS.get(info.get('kind', 'cls'), ())):
+        raise UserError(f'{path}/run.json is not one that train_cls.py or train_gen.py wrote')
+    return info
+
+
+def base_of(path, info):
+    """The base model's folder or name, checked to be the one the run was trained over."""
+    base = os.path.join(path, 'base')
+    where = base if os.path.isdir(base) else info['base']['name']
+    if info['base']['sha256'] is None:                              # random weights of which nothing stayed
+        return where
+    found = gpt.base_sha256(gpt.model_folder(where, info['args']['data_dir']))
+    if found != info['base']['sha256']:
+        raise UserError(f'{path} was trained over another base model than the one in {where}: its weights should have the '
+                        f'sha256 {info["base"]["sha256"][:12]}..., not {found[:12]}...; put that model back')
+    return where
+
+
+def class_folder(path, info, label):
+    """The folder of a class of a generative run, checked: trained to the end, and over the run's base model."""
+    folder = os.path.join(path, info['folders'][label])
+    record = os.path.join(folder, 'class.json')                     # written last
+    if not os.path.isfile(record):
+        raise UserError(f'{path} lacks the class {label!r} (no {record}); train it with: python train_gen.py --resume --out {path}')
+    found, wanted = data.read_json(record).get('base'), info['base']['sha256']
+    if found != wanted:
+        raise UserError(f'{folder} was trained over another base model (sha256 {str(found)[:12]}...) than the rest of the run '
+                        f'({str(wanted)[:12]}...); train it again with: python train_gen.py --class_id "{label}" --out {path}')
+    return folder
+
+
+def open_run(path, device='auto', dtype='auto'):
+    """A finished run folder -> Run or GenRun. Raises UserError where the folder is no run, or its base model cannot be had or is another one."""
+    info = read_run(path)
     method, args, labels = info['method'], info['args'], info['labels']
     device, dtype, reason = gpt.pick_device(device, dtype)
+    if info.get('kind') == 'gen':
+        return open_gen(path, info, device, dtype, reason)
     if method in ('head', 'last', 'full'):
         model = GPT.load(path, num_labels=len(labels))
     else:
-        base = os.path.join(path, 'base')
-        where = base if os.path.isdir(base) else info['base']['name']
-        found = gpt.base_sha256(gpt.model_folder(where, args['data_dir']))
-        if found != info['base']['sha256']:
-            raise UserError(f'{path} was trained over another base model than the one in {where}: its weights should have the '
-                            f'sha256 {info["base"]["sha256"][:12]}..., not {found[:12]}...; put that model back')
-        model = GPT.load(where, num_labels=len(labels), new_head=True, data_dir=args['data_dir'])
+        model = GPT.load(base_of(path, info), num_labels=len(labels), new_head=True, data_dir=args['data_dir'])
         if method == 'adapter':
             adapt(model, method, bottleneck=args['bottleneck'])
             fill(model, gpt.load_safetensors(os.path.join(path, 'adapter.safetensors')), {n: n for n in trainables(model)}, path)
         else:
             load_peft(path, model)
     return Run(path, info, model, device, dtype, reason)
+
+
+def open_gen(path, info, device, dtype, reason):
+    """The same for a generative run, whose run.json is given."""
+    method, args, labels = info['method'], info['args'], info['labels']
+    answers = None
+    if method == 'full':
+        passes = [(GPT.load(class_folder(path, info, label)), ()) for label in labels]
+    elif method == 'zero_shot':
+        model = GPT.load(base_of(path, info), data_dir=args['data_dir'])
+        prompts = {label: data.tokenizer(tokenizer_name(model), args['data_dir']).encode_ordinary(info['prompts'][label]) for label in labels}
+        if args['direct']:
+            answers = prompts
+        passes = [(model, () if answers else prompts[label]) for label in labels]
+    else:
+        folders = [class_folder(path, info, label) for label in labels]
+        model = GPT.load(base_of(path, info), data_dir=args['data_dir'])
+        load_peft(folders, model, classes=len(labels))
+        passes = [(model, ())]
+    return GenRun(path, info, passes, answers, device, dtype, reason)

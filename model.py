@@ -9,8 +9,10 @@ import mmap
 import os
 import signal
 import struct
+import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -37,9 +39,10 @@ SHAPES = {
     'gpt2-large': Config(36, 20, 1280),     # 774M
     'gpt2-xl': Config(48, 25, 1600),        # 1558M
     'distilgpt2': Config(6, 12, 768),       # 82M
-    'nano': Config(4, 4, 128, 256, 257),    # 0.9M, bytes: made here for the demo, see pretrain_nano
+    'nano': Config(4, 4, 128, 256, 257),    # 0.9M, bytes: made here for the demo, see nano_folder
 }
 HUB_NAMES = {name: f'{owner}/{name}' for name, owner in data.WEIGHTS.items()}
+LOGITS = 2**25      # next-token logits held at a time: 128 MB in float32
 
 # -------------------------------------------------------------------------------------------------------------- model
 
@@ -107,6 +110,56 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class NextLogprobs(torch.autograd.Function):
+    """h (M, C), W (V, C), target (M,) -> (M,) log softmax(h W^T)[target], all float32, LOGITS logits at a time: neither direction ever holds
+    (M, V). While W is frozen the gradient of h, W[target] - softmax(h W^T) W, is taken as long as the logits are there; to train W they are
+    computed once more."""
+
+    @staticmethod
+    def forward(ctx, h, W, target, reduced):
+        size = max(1, LOGITS // len(W))
+        now = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
+        out, grad = torch.empty_like(h[:, 0]), torch.empty_like(h) if now else None
+        with float32_products(h.device, reduced):
+            for at in range(0, len(h), size):
+                piece = slice(at, at + size)
+                logits = F.linear(h[piece], W)                      # (m, V)
+                out[piece] = -F.cross_entropy(logits, target[piece], reduction='none')
+                if now:
+                    p = logits.softmax(1)
+                    grad[piece] = W[target[piece]] - p @ W
+        ctx.reduced, ctx.size = reduced, size
+        ctx.save_for_backward(*([grad] if now else [h, W, target]))
+        return out
+
+    @staticmethod
+    def backward(ctx, g):                                           # g (M,)
+        if len(ctx.saved_tensors) == 1:
+            return g[:, None] * ctx.saved_tensors[0], None, None, None
+        h, W, target = ctx.saved_tensors
+        dh, dW = torch.empty_like(h), torch.zeros_like(W)
+        with float32_products(h.device, ctx.reduced):
+            for at in range(0, len(h), ctx.size):
+                piece = slice(at, at + ctx.size)
+                d = F.linear(h[piece], W).softmax(1) * -g[piece, None]                # (m, V) of the logits
+                d[torch.arange(len(d), device=d.device), target[piece]] += g[piece]
+                dh[piece] = d @ W
+                dW.addmm_(d.t(), h[piece])
+        return dh, dW, None, None
+
+
+@contextlib.contextmanager
+def float32_products(device, reduced):
+    """Inside, float32 products may round their factors (not their sums) if reduced: to TF32 on CUDA, to bfloat16 in oneDNN, which is twice as
+    fast as the default library on AMD's CPUs even where it does not. Not for attention: its many small products get slower by it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest' if not reduced else 'high' if device.type == 'cuda' else 'medium')
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class GPT(nn.Module):
     """GPT-2 (Radford et al. 2019). With num_labels > 0 it has a class head `score`, linear and without bias as in transformers'
     GPT2ForSequenceClassification. The language-model head is tied to wte. Weights come from load() or init_weights()."""
@@ -122,6 +175,7 @@ class GPT(nn.Module):
         if num_labels:
             self.score = nn.Linear(cfg.n_embd, num_labels, bias=False)
         self.register_parameter('prompt', None)                     # (N, C) learned vectors in front of every text: lora.add_prompt
+        self.classes = 0                                            # K: every text is read K times, by the K slices of prompt or LoRA
         self.masters = {}                                           # float32 originals of weights that place() stored in half precision
 
     @property
@@ -129,12 +183,15 @@ class GPT(nn.Module):
         """Id of <|endoftext|>: the last of the vocabulary, here as in OpenAI's. No text holds it, so it serves as the pad id."""
         return self.cfg.vocab_size - 1
 
-    def trunk(self, ids, lengths=None):
+    def trunk(self, ids, lengths=None, of=None):
         """ids (B, T) int64 -> states before the last LayerNorm (B, N + T, C), N = number of prompt vectors (0 without). With lengths (B,),
-        only those of each text's last token, (B, 1, C): the last block then leaves out three quarters of its work."""
+        only those of each text's last token, (B, 1, C): the last block then leaves out three quarters of its work. of (B,): which class's prompt
+        stands in front of each text; without it every class's, for ids (K B, T), class by class."""
         x = self.wte(ids).float()                                   # (B, T, C); the residual stream is float32 in every precision
         if self.prompt is not None:
-            x = torch.cat((self.prompt.expand(len(ids), -1, -1), x), dim=1)
+            prompt = self.prompt.expand(len(ids), -1, -1) if not self.classes else (             # (N, C), or of a model with classes (K, N, C)
+                self.prompt[of] if of is not None else self.prompt.repeat_interleave(len(ids) // self.classes, 0))
+            x = torch.cat((prompt, x), dim=1)
         assert x.shape[1] <= self.cfg.block_size, 'callers cut texts to the block size'
         last = None if lengths is None else x.shape[1] - ids.shape[1] + lengths - 1     # (B,) the prompt shifts positions
         x = self.drop(x + self.wpe.weight[:x.shape[1]])
@@ -142,14 +199,62 @@ class GPT(nn.Module):
             x = block(x)
         return self.h[-1](x, last)
 
-    def hidden(self, ids):
+    def hidden(self, ids, of=None):
         """ids (B, T) int64, right-padded -> final states (B, T, C), prompt positions left out. States after a text's end are those of pads."""
-        x = self.ln_f(self.trunk(ids))
+        x = self.ln_f(self.trunk(ids, of=of))
         return x[:, x.shape[1] - ids.shape[1]:]
 
     def lm_logits(self, ids):
         """ids (B, T) int64 -> next-token logits (B, T, V)."""
         return F.linear(self.hidden(ids), self.wte.weight)
+
+    def token_logprobs(self, ids, lengths, whole, context=(), first=None, of=None):
+        """log p of every token of every text under this language model, in nats.
+
+        ids (B, T) int64 right-padded, lengths (B,) int64 >= 1 as from data.collate. whole (B,) bool: the text ends where its ids end, so the
+        <|endoftext|> after it is scored, too. context: ids between the leading <|endoftext|> and the text, a prompt that is not scored.
+        first (B,) int64: the first token that is scored, 0 without. of (B,) int64: score each text under that class's prompt alone.
+        -> (B, T + 1) float32, or (K, B, T + 1) of a model with K classes: column t is log p(token t | <|endoftext|>, context, tokens before t),
+        column lengths[b] that of the final <|endoftext|>, and 0 stands where nothing is scored. Pads never reach the vocabulary projection."""
+        B, T = ids.shape
+        target = F.pad(ids, (0, 1))                                 # (B, T + 1)
+        target[torch.arange(B, device=ids.device), lengths] = self.end
+        column = torch.arange(T + 1, device=ids.device)
+        scored = column < (lengths + whole)[:, None]
+        if first is not None:
+            scored &= column >= first[:, None]
+        start = torch.tensor([self.end, *context], device=ids.device).expand(B, -1)
+        x = torch.cat((start, ids), 1)
+        k = self.classes if of is None else 0                       # how often each text is read
+        if k:
+            x, target, scored = (t.repeat(k, 1) for t in (x, target, scored))
+        h = self.hidden(x, of)[:, len(context):]                        # (K B, T + 1, C)
+        out = torch.zeros(scored.shape, device=ids.device)
+        out[scored] = self.next_logprobs(h[scored], target[scored])
+        return out.view(k, B, T + 1) if k else out
+
+    def next_logprobs(self, h, target):
+        """h (M, C) final states, target (M,) int64 -> (M,) float32 log softmax(h wte^T)[target]. The projection gives float32 in every
+        precision: GPT-2's logits lie near -100, where bfloat16 is 0.5 apart."""
+        reduced = torch.is_autocast_enabled(h.device.type)
+        with torch.autocast(h.device.type, enabled=False):
+            return NextLogprobs.apply(h.float(), self.wte.weight.float(), target, reduced)
+
+    def logprob(self, ids, lengths, whole, context=(), first=None, of=None):
+        """log P(text) in nats: the sum of token_logprobs -> (B,) float32, or (B, K) of a model with K classes."""
+        return self.token_logprobs(ids, lengths, whole, context, first, of).sum(-1).t()
+
+    def logprob_by_loss(self, ids, lengths, whole, context=(), first=None):
+        """The same, as most scripts compute it: one text and one class at a time, mean loss over all logits times the number of tokens.
+        Here to check the other by; needs memory for every logit of a text."""
+        rows = []
+        for b, n in enumerate(lengths.tolist()):
+            x = torch.cat((torch.tensor([self.end, *context], device=ids.device), ids[b, :n]))[None]         # (1, 1 + P + n)
+            start = 1 + len(context) + (int(first[b]) if first is not None else 0)
+            y = F.pad(x, (0, 1), value=self.end)[0, start:None if whole[b] else -1]                          # what is scored
+            logits = self.lm_logits(x.repeat(self.classes or 1, 1))[:, start - 1:start - 1 + len(y)].float()
+            rows.append(torch.stack([-F.cross_entropy(one, y) * len(y) for one in logits]))
+        return torch.stack(rows) if self.classes else torch.cat(rows)
 
     def classify(self, ids, lengths):
         """ids (B, T) int64 right-padded, lengths (B,) int64 >= 1 -> logits (B, K), read at each text's last real token: by its length,
@@ -308,7 +413,7 @@ def load_bin(path):
 def model_folder(where, data_dir=None):
     """The folder that holds the weights of a published name (downloaded if need be), 'nano' (made if need be), or a folder itself."""
     if where == 'nano':
-        return pretrain_nano()
+        return nano_folder()
     if where in HUB_NAMES and not os.path.isdir(where):
         return os.path.dirname(data.weights(where, data_dir))
     if not os.path.isdir(where):
@@ -396,7 +501,8 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL('libc.so.6').mallopt
     except (OSError, AttributeError):
         return
-    mallopt(-3, 1 << 30)                                            # M_MMAP_THRESHOLD, bytes: blocks below it come from the heap
+    mallopt(-3, 32 << 20)                                           # M_MMAP_THRESHOLD, bytes: blocks below it come from the heap; 32 MB is
+                                                                    # the most glibc takes, and larger ones would tear holes into the heap
     mallopt(-1, (1 << 31) - 1)                                      # M_TRIM_THRESHOLD, bytes: free memory the heap may keep
 
 
@@ -431,9 +537,13 @@ def autocast(device, dtype):
 
 def place(model, device, dtype):
     """Move a model to the device. Frozen matrices and embeddings are stored in the compute precision (autocast would cast them in every
-    step); what trains, LayerNorm's few vectors and the prompt stay float32. The float32 originals of rounded weights are kept in model.masters:
-    they are still mapped from the file, so they cost no memory until they are saved."""
+    step); what trains, LayerNorm's few vectors, the prompt and a language model's vocabulary stay float32. The float32 originals of rounded
+    weights are kept in model.masters: they are still mapped from the file, so they cost no memory until they are saved."""
     keep = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()} | {model.prompt}
+    if not hasattr(model, 'score'):
+        keep.add(model.wte.weight)                                  # next_logprobs multiplies by it in float32
+    if device.type == 'cuda' and dtype != torch.float32:
+        torch.set_float32_matmul_precision('high')                  # TF32 for what autocast leaves in float32
     for name, p in model.named_parameters():
         if dtype != torch.float32 and not p.requires_grad and p not in keep:
             model.masters[name] = p.data
@@ -467,9 +577,10 @@ def lr_at(step, max_steps, lr, warmup, schedule):
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def class_logits(model, tokens, max_length, truncate, device, dtype, batch_tokens=None, progress=False):
-    """Logits (N, K) float32 of every text of `tokens` (data.Tokens), in their order. Texts are run longest first (an out-of-memory comes
-    at once, and neighbours have nearly the same length: hardly any padding), as many at a time as fit `batch_tokens` padded tokens."""
+def in_batches(fn, model, tokens, max_length, truncate, device, dtype, batch_tokens=None, progress=False, copies=1):
+    """fn(ids (B, T), lengths (B,), index (B,)) -> (B, K) on every text of `tokens` (data.Tokens) -> (N, K) float32 numpy in their order.
+    Texts are run longest first (an out-of-memory comes at once, and neighbours have nearly the same length: hardly any padding), as many
+    at a time as fit `batch_tokens` padded tokens, each `copies` times. The model is in evaluation mode meanwhile."""
     batch_tokens = batch_tokens or (512 if device.type == 'cpu' else 65536)    # a CPU's cache; what fills a GPU
     lengths = np.minimum(tokens.lengths, max_length)
     order = np.argsort(-lengths, kind='stable')
@@ -477,10 +588,10 @@ def class_logits(model, tokens, max_length, truncate, device, dtype, batch_token
     model.eval()
     parts, at = [], 0
     while at < len(order):
-        index = order[at:at + max(1, batch_tokens // int(lengths[order[at]]))]
+        index = order[at:at + max(1, batch_tokens // (copies * int(lengths[order[at]])))]
         ids, n = data.collate(tokens, index, max_length, truncate, model.end, device)
         with autocast(device, dtype):
-            parts.append(model(ids, n).float())
+            parts.append(fn(ids, n, index).float())
         at += len(index)
         if progress and sys.stderr.isatty():
             print(f'\r{at:,} of {len(order):,} texts ', end='\n' if at == len(order) else '', file=sys.stderr, flush=True)
@@ -489,6 +600,40 @@ def class_logits(model, tokens, max_length, truncate, device, dtype, batch_token
     out = np.empty_like(logits)
     out[order] = logits
     return out
+
+
+def class_logits(model, tokens, max_length, truncate, device, dtype, batch_tokens=None, progress=False):
+    """Logits (N, K) float32 of every text of `tokens` (data.Tokens), in their order."""
+    return in_batches(lambda ids, n, index: model(ids, n), model, tokens, max_length, truncate, device, dtype, batch_tokens, progress)
+
+
+def text_logprobs(model, tokens, max_length, truncate, device, dtype, context=(), method='exact', batch_tokens=None, progress=False):
+    """log P(text) (N, 1), or (N, K) of a model with K classes, float32 nats, of every text of `tokens` (data.Tokens), in their order.
+    method: 'exact', or 'loss' (GPT.logprob_by_loss)."""
+    k = model.classes or 1
+    logprob = dict(exact=model.logprob, loss=model.logprob_by_loss)[method]
+
+    def fn(ids, n, index):
+        return logprob(ids, n, ends_here(model, tokens, index, max_length, device), context).view(len(ids), k)
+    return in_batches(fn, model, tokens, max_length, truncate, device, dtype, batch_tokens, progress, k)
+
+
+def answer_logprobs(model, tokens, max_length, truncate, device, dtype, answer, method='exact', progress=False):
+    """log P(answer | text) (N, 1) float32 nats: the ids `answer` stand behind every text of `tokens` and are what is scored."""
+    logprob = dict(exact=model.logprob, loss=model.logprob_by_loss)[method]
+
+    def fn(ids, n, index):
+        rows = torch.cat((ids, ids.new_zeros(len(ids), len(answer))), 1)
+        at = n[:, None] + torch.arange(len(answer), device=device)                                           # (B, A) where the answer goes
+        rows.scatter_(1, at, torch.tensor(answer, device=device).expand(len(ids), -1))
+        return logprob(rows, n + len(answer), torch.zeros_like(n, dtype=torch.bool), first=n)[:, None]
+    return in_batches(fn, model, tokens, max_length, truncate, device, dtype, progress=progress)
+
+
+def ends_here(model, tokens, index, max_length, device):
+    """Which of the rows index (B,) are scored with the <|endoftext|> behind them -> (B,) bool: those that were not cut. The empty text is one
+    <|endoftext|> already: its probability is that of ending at once."""
+    return torch.tensor([len(tokens[i]) <= max_length and tokens[i][0] != model.end for i in index], device=device)
 
 
 # ------------------------------------------------------------------------------------------- what a training run keeps
@@ -546,7 +691,8 @@ def restore(saved, params, opt, scaler):
 class Log:
     """log.jsonl of a run and what the terminal shows of it: one line that is rewritten on a terminal, plain lines in a pipe."""
 
-    def __init__(self, out, max_steps, resumed_at=0):
+    def __init__(self, out, max_steps, resumed_at=0, extra=None):
+        self.extra = extra or {}                                    # what every line says besides
         self.path, self.max_steps, self.tty = os.path.join(out, 'log.jsonl'), max_steps, sys.stdout.isatty()
         lines = []
         if resumed_at:                                              # lines of steps that will be done again are dropped
@@ -556,7 +702,7 @@ class Log:
 
     def __call__(self, seconds_per_step=0.0, **record):
         with open(self.path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(record) + '\n')
+            f.write(json.dumps({**record, **self.extra}) + '\n')
         text = f'step {record["step"]}/{self.max_steps}  '
         if 'loss' in record:
             left = (self.max_steps - record['step']) * seconds_per_step
@@ -569,37 +715,45 @@ class Log:
         print(('\r\033[K' if self.tty else '') + text, end='' if passing else '\n', flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------ the demo's model
+# ------------------------------------------------------------------------------------------------------ models by name
 
-def pretrain_nano(steps=800, batch_size=32, lr=3e-3, log=print):
-    """The folder of `nano`, a small GPT over bytes; trained on the demo's unlabelled sentences the first time, then kept in the cache."""
+def nano_folder():
+    """The folder of `nano`, the demo's language model: trained with train_gen.py --pretrain on the demo's unlabelled sentences the first time
+    it is needed, then kept in the cache. In a process of its own, so that the run that needs it keeps its seed and its state."""
     folder = os.path.join(data.cache_dir(), 'models', f'nano-{data.DEMO_VERSION}')
-    if os.path.isfile(os.path.join(folder, 'config.json')):         # written last
+    if os.path.isdir(folder):
         return folder
-    log(f'nano: training the demo\'s language model once, {steps} steps (kept in {folder})')
-    tokens = data.tokenize(data.tokenizer('bytes'), data.demo_unlabelled(), cache=False)
-    plan = data.batches(tokens.lengths, batch_size, seed=0, epoch=0) * math.ceil(steps * batch_size / len(tokens))
-    device, dtype, _ = pick_device()
-    state = torch.random.get_rng_state()                            # the run's own seed decides what comes after, cached nano or not
-    torch.manual_seed(0)
-    model = GPT(SHAPES['nano']).init_weights().to(device)
-    torch.random.set_rng_state(state)
-    opt = make_optimizer(model, lr, 0.01)
-    for step in range(steps):
-        ids, n = data.collate(tokens, plan[step], 128, 'head', model.end, device)
-        ids = F.pad(ids, (1, 0), value=model.end)                   # (B, 1 + T): <|endoftext|> stands in front of each sentence
-        real = torch.arange(ids.shape[1] - 1, device=device) < n[:, None]                       # (B, T) pads teach nothing
-        for g in opt.param_groups:
-            g['lr'] = lr_at(step, steps, lr, 0.05, 'cosine')
-        with autocast(device, dtype):
-            logits = model.lm_logits(ids[:, :-1])                   # (B, T, V)
-        loss = F.cross_entropy(logits[real].float(), ids[:, 1:][real])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad()
-        if step % 200 == 0 or step == steps - 1:
-            log(f'nano: step {step}, {loss.item():.3f} nats per byte')
-    data.make_folder(folder)
-    save_hf(folder, model)
+    print(f'nano: training the demo\'s language model once (kept in {folder})', flush=True)
+    data.make_folder(os.path.dirname(folder))
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as made:
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_gen.py')
+        flags = '--pretrain --data demo --model nano --scratch --max_steps 1600 --batch_size 16 --lr 3e-3 --schedule cosine --seed 0 --log_every 400'
+        command = [sys.executable, script, *flags.split(), '--eval_every', '1600', '--out', os.path.join(made, 'nano')]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as p:
+            for line in p.stdout:
+                if line.startswith('step'):
+                    print(f'nano: {line}', end='', flush=True)
+        if p.returncode == 130:
+            raise KeyboardInterrupt
+        if p.returncode:
+            raise UserError('nano, the demo\'s language model, could not be trained; the lines above say why')
+        try:
+            os.rename(os.path.join(made, 'nano'), folder)
+        except OSError:                                             # another process was faster
+            if not os.path.isdir(folder):
+                raise
     return folder
+
+
+def build_model(args, num_labels=0):
+    """The base model of a training run, with a fresh head of num_labels rows: loaded, or with random weights of the shape asked for."""
+    torch.manual_seed(args.seed)
+    if not args.scratch:
+        return GPT.load(args.model, num_labels, new_head=True, data_dir=args.data_dir)
+    if args.model not in SHAPES:
+        raise UserError(f'--scratch needs a shape by name ({", ".join(SHAPES)}), not {args.model}')
+    sizes = {k: getattr(args, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size') if getattr(args, k)}
+    cfg = replace(SHAPES[args.model], **sizes)
+    if cfg.n_embd % cfg.n_head:
+        raise UserError(f'--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}')
+    return GPT(cfg, num_labels).init_weights()

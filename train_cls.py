@@ -4,14 +4,11 @@
     python train_cls.py --data mine.csv --last 2           your own texts, last two blocks
     python train_cls.py --data sms --scratch --full        random weights of GPT-2's shape, everything trains
 """
-import argparse
-import dataclasses
 import math
 import os
 import platform
 import re
 import sys
-import textwrap
 import time
 
 import data     # first: its excepthook covers the seconds that torch takes to import
@@ -23,12 +20,6 @@ import lora
 import model as gpt
 from data import UserError
 from eval import metrics, report, softmax
-from model import GPT
-
-LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2)    # where published recipes for pretrained GPT-2 start
-LR_SCRATCH = 3e-4                                                                   # random weights need larger steps than pretrained ones
-LR_HELP = ', '.join(f'{method} {rate:g}' for method, rate in [*LR.items(), ('with --scratch', LR_SCRATCH)])
-
 
 def parse(argv):
     p = data.Parser(description=__doc__, prog='train_cls.py')
@@ -52,7 +43,7 @@ def parse(argv):
     p.add_argument('--block_size', type=data.positive, help='positions, with --scratch; the shape\'s own without it')
     # what to train
     what = p.add_mutually_exclusive_group()
-    what.add_argument('--lora', action='store_true', help='low-rank updates of the matrices named by --targets, and the head (the default)')
+    what.add_argument('--lora', action='store_true', help='low-rank updates of the layers named by --targets (the default)')
     what.add_argument('--head', action='store_true', help='the linear head alone')
     what.add_argument('--last', type=data.positive, metavar='K', help='the last K blocks, the last LayerNorm and the head')
     what.add_argument('--full', action='store_true', help='everything')
@@ -65,11 +56,11 @@ def parse(argv):
     p.add_argument('--dropout', type=data.share, default=0.05, help='share of the inputs of an update dropped in training, with --lora')
     p.add_argument('--targets', default=lora.TARGETS, help='comma-separated names of the layers to update, with --lora')
     # optimisation
-    p.add_argument('--max_steps', type=data.positive, default=800, help='optimizer steps')
+    p.add_argument('--max_steps', type=data.positive, default=800, help='optimizer steps; train_gen.py shares them out among the classes by their rows')
     p.add_argument('--epochs', type=data.above_zero, help='passes over the training rows, instead of --max_steps')
     p.add_argument('--batch_size', type=data.positive, default=16, help='rows per forward pass')
     p.add_argument('--grad_accum', type=data.positive, default=1, help='forward passes per step, which then sees batch_size x grad_accum rows')
-    p.add_argument('--lr', type=data.above_zero, help=f'peak learning rate; without it {LR_HELP}')
+    p.add_argument('--lr', type=data.above_zero, help=lora.LR_HELP)
     p.add_argument('--weight_decay', type=data.not_negative, default=0.01, help='AdamW\'s decay of the matrices alone')
     p.add_argument('--warmup', type=data.share, default=0.06, help='share of the steps in which the rate rises from 0')
     p.add_argument('--schedule', choices=('linear', 'cosine', 'constant'), default='linear', help='how the rate falls to 0 after the warm-up')
@@ -92,44 +83,10 @@ def parse(argv):
         if not args.out:
             raise UserError('--resume needs --out, the folder of the run to go on with')
         saved = gpt.load_resume(args.out)
-        for name in given - {'resume', 'out'}:
-            if getattr(args, name) != saved['args'][name]:
-                raise UserError(f'--{name} {getattr(args, name)} differs from the interrupted run\'s {saved["args"][name]}; '
-                                'a resumed run keeps its flags')
-        return argparse.Namespace(**{**saved['args'], 'out': args.out}), set(), saved
+        return lora.resumed(args, given, saved['args']), set(), saved
     args.method = next((m for m in ('head', 'last', 'full', 'adapter', 'prompt') if getattr(args, m)), 'lora')
-    needs = dict.fromkeys(('r', 'alpha', 'dropout', 'targets'), ('--lora', args.method == 'lora'))
-    needs.update(dict.fromkeys(('n_layer', 'n_head', 'n_embd', 'block_size'), ('--scratch', args.scratch)))
-    needs['bottleneck'] = ('--adapter', args.adapter)
-    for name, (flag, present) in needs.items():
-        if name in given and not present:
-            raise UserError(f'--{name} does nothing without {flag}')
-    if {'max_steps', 'epochs'} <= given:
-        raise UserError('--max_steps and --epochs both set the length of the run; give one of them')
-    if args.quick:
-        args.max_samples = args.max_samples or 100
-        args.epochs = args.epochs or (None if 'max_steps' in given else 1.0)
-    if args.data == 'demo' and 'model' not in given:
-        args.model = 'nano'
-    if args.model == 'nano' and 'data' not in given:
-        args.data = 'demo'
-    args.lr = args.lr or (LR_SCRATCH if args.scratch else LR[args.method])
-    args.targets = [t.strip() for t in args.targets.split(',')]
+    lora.settle(args, given, {'bottleneck': ('--adapter', args.adapter)})
     return args, given, None
-
-
-def build_model(args, num_labels):
-    """The base model with a fresh head of num_labels rows: loaded, or with random weights of the shape asked for."""
-    torch.manual_seed(args.seed)
-    if not args.scratch:
-        return GPT.load(args.model, num_labels, new_head=True, data_dir=args.data_dir)
-    if args.model not in gpt.SHAPES:
-        raise UserError(f'--scratch needs a shape by name ({", ".join(gpt.SHAPES)}), not {args.model}')
-    sizes = {k: getattr(args, k) for k in ('n_layer', 'n_head', 'n_embd', 'block_size') if getattr(args, k)}
-    cfg = dataclasses.replace(gpt.SHAPES[args.model], **sizes)
-    if cfg.n_embd % cfg.n_head:
-        raise UserError(f'--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}')
-    return GPT(cfg, num_labels).init_weights()
 
 
 def main(argv=None):
@@ -138,18 +95,9 @@ def main(argv=None):
     # --- data and base model; a first run that can have neither falls back to the demo ---
     def get():
         ds = data.load(args.data, args.seed, args.data_dir, args.val, args.test, args.text_col, args.label_col, args.max_samples, args.balance)
-        model = build_model(args, len(ds.labels))
+        model = gpt.build_model(args, len(ds.labels))
         return ds, model, data.tokenizer(lora.tokenizer_name(model), args.data_dir)
-    try:
-        ds, model, enc = get()
-    except data.Unavailable as e:
-        if given & {'data', 'model'} or saved:
-            raise
-        print(f'+{"-" * 98}\n' + textwrap.indent(textwrap.fill(
-            f'{e}. This run uses the built-in demo instead: synthetic sentences, and `nano`, a small language model that is trained on '
-            'them here. Name --data or --model to insist on them.', 97), '| ') + f'\n+{"-" * 98}')
-        args.data, args.model = 'demo', 'nano'
-        ds, model, enc = get()
+    ds, model, enc = lora.or_demo(get, args, given, saved)
     if args.quick:
         ds.val, ds.test = (data.cap(split, 100, args.seed) for split in (ds.val, ds.test))
     room = model.cfg.block_size - (args.prompt or 0)
@@ -174,9 +122,9 @@ def main(argv=None):
                 args=vars(args), parameters=dict(trainable=trained, total=total),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     gpt.place(model, device, dtype)
-    if device.type == 'cuda' and dtype != torch.float32:
-        torch.set_float32_matmul_precision('high')                  # TF32 for what autocast leaves in float32
-    net = torch.compile(model, dynamic=True) if args.compile else model
+    if args.compile:
+        for block in model.h:                                       # one graph for all blocks
+            block.compile(dynamic=True)
 
     lengths = np.minimum(train.lengths, args.max_length)            # (N,) tokens of each training text that are used
     y = torch.from_numpy(ds.train.y).to(device)
@@ -185,7 +133,7 @@ def main(argv=None):
 
     step_rows = args.batch_size * args.grad_accum                   # rows per optimizer step
     epoch_steps = math.ceil(len(lengths) / step_rows)
-    max_steps = math.ceil(args.epochs * epoch_steps) if args.epochs else args.max_steps
+    max_steps, lr = math.ceil(args.epochs * epoch_steps) if args.epochs else args.max_steps, args.lr
     eval_every = args.eval_every or max(1, math.ceil(max_steps / 4))
 
     print(f'{args.data}: ' + ', '.join(f'{label} {n}' for label, n in zip(ds.labels, counts)) + ' training rows; '
@@ -198,13 +146,13 @@ def main(argv=None):
     print('\n'.join(lora.describe(model, wrapped)))
     print(f'{device}, matrix products in {str(dtype)[6:]}: {reason}')
     print(f'{max_steps} steps of {step_rows} rows = {max_steps / epoch_steps:.1f} epochs, lr {args.lr:g}' + ''.join(
-        f', {name} {getattr(args, name)}' for name in sorted(given - {'lr', 'data', 'model', 'max_steps', 'epochs', *lora.METHODS})), flush=True)
+        f', {name} {getattr(args, name)}' for name in sorted(given - {'lr', 'data', 'model', 'max_steps', 'epochs', *lora.METHODS['cls']})), flush=True)
 
     def loss_of(index):
         """Sum of the rows' losses, weighted by class; index (B,) rows of the training split."""
         ids, n = data.collate(train, index, args.max_length, args.truncate, model.end, device)
         with gpt.autocast(device, dtype):
-            logits = net(ids, n)                                    # (B, K)
+            logits = model(ids, n)                                   # (B, K)
         return F.cross_entropy(logits.float(), y[index], weight=weights, reduction='sum')
 
     def weight_of(index):
@@ -213,7 +161,7 @@ def main(argv=None):
 
     def evaluate():
         """-> (what is better when larger, the numbers for the log); writes the predictions."""
-        probs = softmax(gpt.class_logits(net, val, args.max_length, args.truncate, device, dtype))
+        probs = softmax(gpt.class_logits(model, val, args.max_length, args.truncate, device, dtype))
         predictions = [dict(label=ds.labels[p.argmax()], probs=dict(zip(ds.labels, p.tolist()))) for p in probs]
         data.write_json(os.path.join(args.out, 'val_preds.json'), predictions)
         data.write_json(os.path.join(args.out, 'val_labels.json'), [ds.labels[c] for c in ds.val.y])
@@ -224,6 +172,9 @@ def main(argv=None):
         lora.save_weights(args.out, model, args.method, ds.labels, info['base']['name'])
         data.write_json(os.path.join(args.out, 'run.json'), {**info, 'results': results})
 
+    def keep(step, best):
+        gpt.save_resume(args.out, args, step, best, params, opt, scaler)
+
     params = lora.trainables(model)
     opt = gpt.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -231,14 +182,14 @@ def main(argv=None):
     log = gpt.Log(args.out, max_steps, resumed_at=step)
 
     # --- loop ---
-    net.train()
+    model.train()
     plan, steps_done, loss_sum, real, padded, rows_done, since = None, 0, 0.0, 0, 0, 0, time.perf_counter()    # since the last log line
     with gpt.finish_step_on_interrupt() as interrupted:
         while step < max_steps and not interrupted:
             epoch, at = divmod(step, epoch_steps)
             if at == 0 or plan is None:
                 plan = data.batches(lengths, step_rows, args.seed, epoch)           # the rows of each step of this epoch
-            rows, rate = plan[at], gpt.lr_at(step, max_steps, args.lr, args.warmup, args.schedule)
+            rows, rate = plan[at], gpt.lr_at(step, max_steps, lr, args.warmup, args.schedule)
             for group in opt.param_groups:
                 group['lr'] = rate
             weight = weight_of(rows)
@@ -258,7 +209,7 @@ def main(argv=None):
             if step % args.log_every == 0 or at_evaluation:
                 seconds, mean_loss = time.perf_counter() - since, float(loss_sum) / steps_done
                 if not math.isfinite(mean_loss):
-                    raise UserError(f'the loss is {mean_loss} at step {step}: try a smaller --lr than {args.lr:g}, or --dtype fp32' +
+                    raise UserError(f'the loss is {mean_loss} at step {step}: try a smaller --lr than {lr:g}, or --dtype fp32' +
                                     (f'; {args.out} keeps the best weights so far' if best else ''))
                 log(seconds / steps_done, step=step, loss=mean_loss, lr=rate, examples_per_s=rows_done / seconds, tokens_per_s=real / seconds,
                     pad_share=1 - real / padded)
@@ -269,16 +220,16 @@ def main(argv=None):
                 if best is None or score > best:
                     best = score
                     save_best(dict(step=step, **results))
-                gpt.save_resume(args.out, args, step, best, params, opt, scaler)
+                keep(step, best)
                 since = time.perf_counter()                                         # the speeds logged are those of training alone
     # --- loop ---
     if step < max_steps:
-        gpt.save_resume(args.out, args, step, best, params, opt, scaler)
+        keep(step, best)
         print(f'\ninterrupted after step {step} of {max_steps}; go on with: python train_cls.py --resume --out {args.out}', file=sys.stderr)
         return 130
 
     # --- the final test, on what was saved, opened as predict.py opens it ---
-    model = net = opt = params = None                               # their memory is needed for the run as it is opened
+    model = opt = params = None                                     # their memory is needed for the run as it is opened
     run = lora.open_run(args.out, args.device, args.dtype)
     probs = softmax(run.logits(ds.test.texts, progress=True, cache=True))
     results = metrics(probs, ds.test.y, ds.labels)
