@@ -9,6 +9,7 @@ import csv
 import functools
 import hashlib
 import http.server
+import inspect
 import io
 import json
 import os
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import textwrap
 import threading
 import time
 import traceback
@@ -41,6 +43,7 @@ import lora
 import model as gpt
 import predict
 import train_cls
+import train_gen
 from data import UserError
 from model import GPT
 
@@ -368,13 +371,14 @@ def test_rare_classes_stay_in_train():
 
 def test_streams():
     path = write("s.csv", 'id,text\n1,"a\nb"\n2,c\n')
-    with open(path, encoding="utf-8", newline="") as f:
-        assert list(data.stream_csv(f, path, ",")) == ["a\nb", "c"]
-    with open(path, encoding="utf-8", newline="") as f:
-        raises(UserError, list, data.stream_csv(f, path, ",", "body"), match="no column 'body'")
-    assert list(data.stream_csv(io.StringIO("anything\nx\ny\n"), "s", ",")) == ["x", "y"]
-    assert list(data.stream_jsonl(io.StringIO('{"body": "x", "n": 1}\n{"body": "y"}\n'), "s", "body")) == ["x", "y"]
-    raises(UserError, list, data.stream_jsonl(io.StringIO('{"text": "x"}\n{"text": 1}\n'), "s"), match="line 2")
+    assert list(data.read_texts(path)) == ["a\nb", "c"]
+    raises(UserError, lambda: list(data.read_texts(path, "body")), match="no column 'body'")
+    assert list(data.read_texts(write("S.TSV", "anything\nx\ny\n"))) == ["x", "y"]
+    assert list(data.read_texts(write("s.jsonl", '{"body": "x", "n": 1}\n{"body": "y"}\n'), "body")) == ["x", "y"]
+    raises(UserError, lambda: list(data.read_texts(write("s.jsonl", '{"text": "x"}\n{"text": 1}\n'))), match="line 2")
+    assert list(data.read_texts(write("s.txt", '\ufeffone, "two\n\nthree'))) == ['one, "two', "", "three"]
+    raises(UserError, lambda: list(data.read_texts(write("s.txt", b"fine\ncaf\xe9\n"))), match="0xe9")
+    raises(UserError, lambda: list(data.read_texts(os.path.join(tmp(), "none.txt"))), match="cannot read")
 
 
 def test_cap():
@@ -1025,7 +1029,7 @@ def fake_run(labels, logits, data_args=None, log=()):
     args = dict(data="fake", seed=1, data_dir=None, val=None, test=None, text_col=None, label_col=None, max_samples=None,
                 balance=False, quick=False, max_length=8, truncate="head")
     args.update(data_args or {})
-    info = dict(labels=labels, method="head", kind="cls", model="nano", data="fake", seed=args["seed"], args=args)
+    info = dict(labels=labels, method="head", kind="cls", model="nano", data="fake", seed=args["seed"], args=args, base={})
     data.write_json(os.path.join(path, "run.json"), info)
     data.write_json(os.path.join(path, "table.json"), np.asarray(logits).tolist())
     data.write_atomic(os.path.join(path, "log.jsonl"), "".join(json.dumps(row) + "\n" for row in log) + '{"step": 9, "lo')
@@ -1047,6 +1051,7 @@ def fake_world(labels, y, train=()):
     def open_run(path, device="auto", dtype="auto"):
         info, table = (data.read_json(os.path.join(path, name)) for name in ("run.json", "table.json"))
         return SimpleNamespace(path=path, info=info, labels=info["labels"], device="cpu", dtype="torch.float32", reason="",
+                               kind="cls", calibrated=lambda logits: logits,
                                logits=lambda texts, **kw: np.array([table[int(t)] for t in texts], np.float32))
     before = data.load, lora.open_run
     data.load, lora.open_run = load, open_run
@@ -1088,7 +1093,7 @@ def test_runs_labels_by_name():
     with fake_world(["pos", "neg"], 1 - y):                                  # the data's order differs from the run's
         assert "accuracy 1.0000" in run_eval([a, "--data", "other"])[0]
     data.write_json(os.path.join(a, "run.json"), dict(labels=[], args={}))
-    raises(UserError, run_eval, [a], match="no labels")
+    raises(UserError, run_eval, [a], match="is not one that")
 
 
 def test_plots():
@@ -1925,10 +1930,1049 @@ def test_scripts_end_as_they_should():
     """As a user runs them: exit codes, one sentence on stderr, no traceback."""
     here = os.path.dirname(os.path.abspath(__file__))
     for argv, code, match in ((['train_cls.py', '--bogus'], 2, 'error: '), (['eval.py', 'nowhere'], 2, 'nowhere'), (['predict.py', 'nowhere', 'x'], 2, 'nowhere'),
-                              (['data.py', 'nowhere'], 2, 'nowhere'), (['bench.py', '--task', 'x'], 2, '--task'), (['train_cls.py', '--help'], 0, None)):
+                              (['data.py', 'nowhere'], 2, 'nowhere'), (['bench.py', '--task', 'x'], 2, '--task'), (['train_cls.py', '--help'], 0, None),
+                              (['train_gen.py', '--bogus'], 2, 'error: ')):
         p = subprocess.run([sys.executable, os.path.join(here, argv[0]), *argv[1:]], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp())
         assert p.returncode == code and 'Traceback' not in p.stderr, (argv, p.returncode, p.stderr)
         assert match is None or (match in p.stderr and len(p.stderr.strip().splitlines()) == 1), p.stderr
+
+
+# --- generative classifiers ---
+
+CPU = torch.device('cpu')
+TOPICS = dict(animals='cat dog horse bird fish goose', colours='red green blue brown white pink', numbers='one two three four five six')
+SHAPE = ['--model', 'nano', '--scratch', '--n_layer', '2', '--n_head', '2', '--n_embd', '32', '--block_size', '96', '--dtype', 'fp32']
+GEN = dict(lora=['--lora', '--r', '4'], full=['--full'], prefix=['--prefix'], zero_shot=['--zero_shot'], direct=['--zero_shot', '--direct'],
+           posterior=['--lora', '--r', '4', '--posterior_steps', '6'])
+
+
+@functools.lru_cache(None)
+def topics(labels=('animals', 'numbers'), sizes=(160, 80, 80)):
+    """A csv whose classes use different words, in texts of 1 to 9 of them."""
+    rng, rows = random.Random(0), ['text,label']
+    for label, size in zip(labels, sizes):
+        words, texts = TOPICS[label].split(), set()
+        while len(texts) < size:
+            texts.add(' '.join(rng.choice(words) for _ in range(rng.randint(2, 9) if texts else 1)))
+        rows += [f'{text},{label}' for text in sorted(texts)]
+    return write('topics.csv', '\n'.join(rows) + '\n')
+
+
+def generate(*argv, out=None):
+    """train_gen.py on those flags -> (run folder, what it printed)."""
+    out = out or os.path.join(tmp(), 'run')
+    code, text, _ = script(train_gen.main, [*argv, '--out', out])
+    assert not code, code
+    return out, text
+
+
+@functools.lru_cache(None)
+def pretrained():
+    """A small language model that has read the topics: a run of --pretrain on a file of lines."""
+    lines = [text for text, _ in data.read_table(topics(tuple(TOPICS)))[0]]
+    return generate('--pretrain', '--data', write('lines.txt', '\n'.join(lines) + '\n'), *SHAPE, '--max_steps', '150', '--lr', '1e-2')[0]
+
+
+@functools.lru_cache(None)
+def gen_run(method):
+    """One trained run per method over that model, shared by the tests that only read it."""
+    steps = [] if 'zero' in GEN[method][0] else ['--max_steps', 120 if method == 'prefix' else 40, '--lr', '1e-2']
+    return generate('--data', topics(), '--model', pretrained(), '--dtype', 'fp32', *GEN[method], *steps)[0]
+
+
+def opened(method):
+    return lora.open_run(gen_run(method), 'cpu', 'fp32')
+
+
+def tree(folder):
+    """{path in the folder: sha256} of all files."""
+    paths = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
+    return {os.path.relpath(path, folder): data.sha256_file(path) for path in paths}
+
+
+def class_model(kind, cfg=SMALL, classes=3):
+    """A formula model with the given axis: plain, K LoRA updates or K prompts."""
+    torch.manual_seed(0)
+    model = formula_model(cfg, 0).requires_grad_(False)
+    if kind == 'lora':
+        lora.add_lora(model, 4, 8.0, 0.1, lora.TARGETS.split(','), classes=classes)
+    if kind == 'prompt':
+        lora.add_prompt(model, 2, classes=classes)
+        model.prompt.data.mul_(3)                                       # so that the classes differ by more than a rounding
+    return stirred(model)
+
+
+def one_by_one(model, ids, whole, context=(), first=0):
+    """log P(ids) as its definition says, in float64: one prefix at a time, a log-softmax over the vocabulary for the next token."""
+    model, total = copy.deepcopy(model).double(), 0.0
+    seen, rest = [model.end, *context, *ids[:first]], [*ids[first:]] + [model.end] * whole
+    with torch.no_grad():
+        for t in rest:
+            total += float(model.lm_logits(torch.tensor([seen]))[0, -1].log_softmax(0)[t])
+            seen.append(t)
+    return total
+
+
+TEXTS = ['', 'a', 'two words', 'exactly twelv', 'this one is far too long for twelve']
+
+
+def test_gen_exact_score():
+    """The first token stands behind <|endoftext|>; the last <|endoftext|> counts unless the text was cut; '' is <|endoftext|> alone."""
+    model, enc = class_model('plain'), data.tokenizer('bytes')
+    tokens = data.tokenize(enc, TEXTS, cache=False)
+    for truncate in ('head', 'tail'):
+        got = gpt.text_logprobs(model, tokens, 13, truncate, CPU, torch.float32)[:, 0]
+        for i, text in enumerate(TEXTS):
+            raw = list(text.encode())
+            ids = raw[:13] if truncate == 'head' else raw[-13:]
+            want = one_by_one(model, ids, len(raw) <= 13)
+            assert abs(got[i] - want) < 1e-4, (truncate, text, got[i], want)
+    assert abs(one_by_one(model, [], True) - one_by_one(model, [256], False)) < 1e-9    # the empty text's one id
+    ids, n = ragged(257, pad=0)
+    whole, context = torch.tensor([True, False, True, False]), (5, 9, 200)
+    with torch.no_grad():
+        got = model.logprob(ids, n, whole, context, first=torch.tensor([2, 0, 29, 4]))
+        for row, k, w, f, value in zip(ids, n, whole, (2, 0, 29, 4), got):
+            assert abs(one_by_one(model, row[:k].tolist(), bool(w), context, f) - float(value)) < 1e-4
+        each = model.token_logprobs(ids, n, whole)
+        assert each.shape == (4, 31) and torch.allclose(each.sum(1), model.logprob(ids, n, whole))
+        assert each[1, 0] != 0 and not each[1, 1:].any() and each[2, 30] != 0 and not each[0, 8:].any() and not each[3, 12:].any()
+
+
+def test_gen_score_equals_transformers():
+    try:
+        from transformers import GPT2LMHeadModel
+    except ImportError:
+        skip('transformers is not installed')
+    folder, model = tmp(), class_model('plain')
+    gpt.save_hf(folder, model)
+    theirs = GPT2LMHeadModel.from_pretrained(folder).double().eval()
+    tokens = data.tokenize(data.tokenizer('bytes'), TEXTS, cache=False)
+    got = gpt.text_logprobs(GPT.load(folder), tokens, 13, 'head', CPU, torch.float32)[:, 0]
+    for i, ids in enumerate(tokens[i].tolist() for i in range(len(TEXTS))):
+        line = [256, *ids] + [256] * (TEXTS[i] != '')
+        line = torch.tensor([line[:1 + 13] if len(ids) > 13 else line])
+        with torch.no_grad():
+            want = theirs(line).logits[0, :-1].log_softmax(1).gather(1, line[0, 1:, None]).sum()
+        assert abs(got[i] - float(want)) < 1e-4, (TEXTS[i], got[i], want)
+
+
+def test_gen_score_is_of_the_text_alone():
+    """Alone, in a batch of 64, in another order, padded by 100 of any id: plain, with K LoRA updates and with K prompts."""
+    rng = random.Random(0)
+    texts = [''.join(rng.choice('abc de') for _ in range(rng.randint(0, 40))) for _ in range(64)]
+    tokens = data.tokenize(data.tokenizer('bytes'), texts, cache=False)
+    order = rng.sample(range(64), 64)
+    shuffled = data.tokenize(data.tokenizer('bytes'), [texts[i] for i in order], cache=False)
+    for kind in ('plain', 'lora', 'prompt'):
+        model = class_model(kind)
+        score = functools.partial(gpt.text_logprobs, model, max_length=32, truncate='head', device=CPU, dtype=torch.float32)
+        alone = score(tokens, batch_tokens=1)
+        assert alone.shape == (64, 1 if kind == 'plain' else 3)
+        assert kind == 'plain' or float(np.abs(alone[:, 0] - alone[:, 1]).max()) > 1
+        assert np.abs(score(tokens, batch_tokens=10**6) - alone).max() < 1e-4, kind
+        assert np.abs(score(shuffled) - alone[order]).max() < 1e-4, kind
+        ids, n = data.collate(tokens, range(64), 32, 'head', 256)
+        whole = gpt.ends_here(model, tokens, range(64), 32, CPU)
+        for pad in (0, 256, None):
+            far_padded = torch.randint(256, (64, ids.shape[1] + 100)) if pad is None else torch.full((64, ids.shape[1] + 100), pad)
+            for row, mine, k in zip(far_padded, ids, n):
+                row[:k] = mine[:k]
+            with torch.no_grad():
+                assert np.abs(model.logprob(far_padded, n, whole).view(64, -1).numpy() - alone).max() < 1e-4, (kind, pad)
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the most values that one tensor made inside has (.n), forward and backward."""
+    n = 0
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        out = fn(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            self.n = max(self.n, t.numel() if isinstance(t, torch.Tensor) else 0)
+        return out
+
+
+def test_gen_chunks_of_the_vocabulary():
+    """Values and gradients of next_logprobs are those of log_softmax, however many rows at a time; no tensor has a value per row and token."""
+    torch.manual_seed(0)
+    M, V, C = 23, 257, 16
+    h, target, weights = torch.randn(M, C), torch.randint(V, (M,)), torch.randn(M)
+    for trains in (False, True):
+        results = []
+        for rows in (None, 4, 1000, 0.1):
+            model = GPT(gpt.Config(1, 2, C, 8, V)).init_weights().requires_grad_(trains)
+            torch.manual_seed(1)
+            model.wte.weight.data.normal_()
+            x = h.clone().requires_grad_()
+            with patched(gpt, 'LOGITS', int(V * (rows or 1))), Largest() as seen:
+                out = model.next_logprobs(x, target) if rows else (x @ model.wte.weight.t()).log_softmax(1)[torch.arange(M), target]
+                (out * weights).sum().backward()
+            results.append([out.detach(), x.grad] + [model.wte.weight.grad] * trains)
+            assert (seen.n >= M * V) == (rows in (None, 1000)), (rows, seen.n)
+            assert model.wte.weight.grad is None or trains
+        for other in results[1:]:
+            assert all(float((a - b).abs().max()) < 1e-5 * max(1, float(b.abs().max())) for a, b in zip(other, results[0])), trains
+    W = torch.randn(V, C, requires_grad=True)                           # only the vocabulary trains
+    torch.nn.functional.log_softmax(h @ W.t(), 1)[torch.arange(M), target].sum().backward()
+    want, W.grad = W.grad, None
+    with patched(gpt, 'LOGITS', 4 * V):
+        gpt.NextLogprobs.apply(h, W, target, False).sum().backward()
+    assert float((W.grad - want).abs().max()) < 1e-4
+
+
+def test_gen_memory():
+    """Scoring texts over GPT-2's vocabulary never holds more logits than it is allowed, let alone all of them."""
+    model = GPT(gpt.Config(1, 2, 64, 256)).init_weights(torch.Generator().manual_seed(0))
+    ids = torch.randint(50256, (16, 200))
+    with torch.no_grad(), Largest() as seen:
+        model.logprob(ids, torch.full((16,), 200), torch.ones(16, dtype=torch.bool))
+    assert seen.n <= gpt.LOGITS < 16 * 201 * 50257 / 4, seen.n
+
+
+def test_gen_stacked_classes_equal_separate_models():
+    """K adapters in one model give what K models with one adapter each give; `of` reads each text with one of the prompts."""
+    ids, n = ragged(257, pad=256)
+    whole = torch.tensor([True, True, False, True])
+    for kind in ('lora', 'prompt'):
+        model, folders = class_model(kind), [tmp() for _ in range(3)]
+        for i, folder in enumerate(folders):
+            lora.save_peft(folder, model, 'somewhere', i)
+        with torch.no_grad():
+            separate = []
+            for folder in folders:
+                one = formula_model(SMALL, 0)
+                lora.load_peft(folder, one)
+                separate.append(one.eval().logprob(ids, n, whole))
+            want, stacked = torch.stack(separate, 1), formula_model(SMALL, 0)
+            lora.load_peft(folders, stacked, classes=3)
+            got = stacked.eval().logprob(ids, n, whole)
+            assert got.shape == (4, 3) and float(((got - want) / want).abs().max()) < 1e-5, kind
+            assert float((want[:, 0] - want[:, 1]).abs().min()) > 0.1, want                          # or it would prove nothing
+            if kind == 'prompt':
+                of = torch.tensor([2, 0, 1, 2])
+                assert torch.allclose(stacked.logprob(ids, n, whole, of=of), want.gather(1, of[:, None])[:, 0], rtol=1e-5)
+        config = os.path.join(folders[1], 'adapter_config.json')
+        data.write_json(config, {**data.read_json(config), **(dict(lora_alpha=99) if kind == 'lora' else dict(num_virtual_tokens=3))})
+        raises(UserError, lora.load_peft, folders, formula_model(SMALL, 0), classes=3, match='must agree')
+
+
+def test_gen_every_method_end_to_end():
+    for method in GEN:
+        out = gen_run(method)
+        info, results = (data.read_json(os.path.join(out, f'{name}.json')) for name in ('run', 'eval_results'))
+        assert (info['kind'], info['labels'], info['data']) == ('gen', ['animals', 'numbers'], topics())
+        assert (info['model'], info['seed']) == (pretrained(), 1337)
+        assert info['method'] == dict(direct='zero_shot', posterior='lora').get(method, method)
+        assert abs(sum(info['prior'].values()) - 1) < 1e-9 and set(info['calibration']) == {'tau', 'bias'} and info['calibration']['tau'] > 0
+        assert ('likelihood_quantiles' in info) == (method != 'direct') and ('prompts' in info) == (method in ('zero_shot', 'direct'))
+        names = {'run.json', 'eval_results.json', 'val_preds.json', 'val_labels.json'} | ({'base'} if method != 'full' else set())
+        if 'zero' not in GEN[method][0]:
+            names |= {'animals', 'numbers', 'log.jsonl'}
+            files = {'config.json', 'model.safetensors'} if method == 'full' else {'adapter_config.json', 'adapter_model.safetensors'}
+            assert all(set(os.listdir(os.path.join(out, label))) == files | {'class.json'} for label in info['labels'])
+            steps = [r['step'] for r in records(out)]
+            assert steps == sorted(steps) and steps[-1] == dict(posterior=46, prefix=120).get(method, 40)
+            assert {'class', 'step', 'loss'} <= set(records(out)[0]) and [c for c in dict.fromkeys(r['class'] for r in records(out))] == (
+                ['all classes'] if method == 'prefix' else info['labels'] + ['the posterior of all classes'] * (method == 'posterior'))
+        assert set(os.listdir(out)) == names, (method, os.listdir(out))                             # no *.part, no resume.pt
+        again = json.loads(script(evaluation.main, [out, '--json', '-', '--dtype', 'fp32'])[1])['runs'][0]
+        assert again['accuracy'] == results['accuracy'] and abs(again['nll'] - results['nll']) < 1e-6
+        assert set(again['uncalibrated']) == {'nll', 'brier', 'ece'}
+        preds, y = (data.read_json(os.path.join(out, f'val_{x}.json')) for x in ('preds', 'labels'))
+        assert np.mean([p['label'] == label for p, label in zip(preds, y)]) == info['results']['val_accuracy']
+        texts = ['cat dog cat', '', 'two one', 'horse ' * 60]
+        rows = [json.loads(line) for line in script(predict.main, [out, '--json', '--dtype', 'fp32', *texts])[1].splitlines()]
+        run = opened(method)
+        logits = run.logits(texts)
+        assert [r['text'] for r in rows] == texts and all(abs(sum(r['probs'].values()) - 1) < 1e-9 for r in rows)
+        assert np.allclose([[r['logprobs'][name] for name in run.labels] for r in rows], logits - run.log_prior, atol=1e-3)
+        assert [r['label'] for r in rows] == [run.labels[c] for c in logits.argmax(1)] and ('nats_per_token' in rows[0]) == (method != 'direct')
+
+
+def test_gen_learns():
+    """Each method tells classes of different words apart, where the base alone cannot."""
+    for method in ('lora', 'full', 'prefix', 'posterior'):
+        results = data.read_json(os.path.join(gen_run(method), 'eval_results.json'))
+        assert results['accuracy'] >= 0.9 > results['majority_accuracy'] + 0.1, (method, results)
+        log = [r for r in records(gen_run(method)) if 'val_loss' in r and r['class'] == 'animals']
+        assert not log or log[-1]['val_loss'] < 0.75 * records(pretrained())[-1]['val_loss'], log
+
+
+def test_gen_loss_method_agrees():
+    """--method loss, the usual computation, gives the numbers of the exact one, for every kind of run."""
+    texts = ['cat dog', '', 'seven', 'horse fish ' * 30]
+    for method in GEN:
+        run = opened(method)
+        want = run.logits(texts)
+        run.method = 'loss'
+        with patched(GPT, 'logprob', stop_here):                        # it is indeed another computation
+            got = run.logits(texts)
+        assert np.abs(got - want).max() < 1e-3, (method, got, want)
+    code, text, _ = script(evaluation.main, [gen_run('lora'), '--method', 'loss', '--json', '-', '--dtype', 'fp32'])
+    assert abs(json.loads(text)['runs'][0]['nll'] - data.read_json(os.path.join(gen_run('lora'), 'eval_results.json'))['nll']) < 1e-4
+    raises(UserError, evaluation.main, [tiny_run('full'), '--method', 'loss'], match='discriminative')
+
+
+def test_gen_bf16_is_close():
+    texts = ['cat dog', 'one two three', 'horse fish ' * 30]
+    for method in GEN:
+        want, got = (lora.open_run(gen_run(method), 'cpu', dtype).logits(texts) for dtype in ('fp32', 'bf16'))
+        assert 0 < np.abs(got - want).max() < 0.01 * np.abs(want).max(), (method, got, want)
+
+
+def parser_of(parse):
+    """{flag: what it accepts and what --help says of it} of a training script."""
+    def catch(self, argv=None):
+        raise Stop({a.dest: (a.default, a.help, a.choices, a.type, a.nargs, a.metavar, type(a)) for a in self._actions})
+    with patched(data.Parser, 'parse', catch):
+        try:
+            parse([])
+        except Stop as e:
+            return e.args[0]
+
+
+def test_gen_scripts_are_alike():
+    """The loop of both training scripts is the same text, and a flag that both have is the same flag."""
+    a, b = (inspect.getsource(module.main).split('# --- loop ---\n') for module in (train_cls, train_gen))
+    assert len(a) == len(b) == 3 and len(a[1].splitlines()) > 30
+    a, b = (textwrap.dedent(parts[1].rstrip(' ')) for parts in (a, b))
+    assert a == b, next((x, y) for x, y in zip(a.splitlines(), b.splitlines()) if x != y)
+    a, b = parser_of(train_cls.parse), parser_of(train_gen.parse)
+    assert len(set(a) & set(b)) > 30
+    for name in set(a) & set(b):
+        assert a[name] == b[name], (name, a[name], b[name])
+
+
+QUICKLY = ['--max_steps', '8', '--batch_size', '4', '--lr', '1e-2', '--eval_every', '2', '--trunk_dropout', '0.1', '--r', '4']
+
+
+def over_base(*argv):
+    """Flags of a short run on the topics over the small pretrained model."""
+    return ['--data', topics(), '--model', pretrained(), '--dtype', 'fp32', *argv]
+
+
+@functools.lru_cache(None)
+def joint():
+    """Two classes trained in one run, to compare others with; copy it before changing it."""
+    return generate(*over_base(*QUICKLY))[0]
+
+
+def copied(folder):
+    out = os.path.join(tmp(), 'copy')
+    shutil.copytree(folder, out)
+    return out
+
+
+def weights(out):
+    """sha256 of every file of weights of a run."""
+    return {name: digest for name, digest in tree(out).items() if name.endswith('.safetensors')}
+
+
+def test_gen_class_by_class_equals_the_joint_run():
+    out, text = generate(*over_base(*QUICKLY), '--class_id', '0')
+    assert 'it lacks the classes numbers' in text and sorted(os.listdir(out)) == ['animals', 'base', 'log.jsonl', 'run.json']
+    raises(UserError, lora.open_run, out, match="lacks the class 'numbers'")
+    later = copied(out)
+    generate('--class_id', 'numbers', out=out)                          # its flags are the run's
+    assert weights(out) == weights(joint())
+    assert data.read_json(os.path.join(out, 'eval_results.json')) == data.read_json(os.path.join(joint(), 'eval_results.json'))
+    generate('--resume', out=later)                                     # trains what is lacking
+    assert weights(later) == weights(joint()) and set(os.listdir(later)) == set(os.listdir(joint()))
+    full, parts = generate(*over_base('--full', *QUICKLY[:-2]))[0], os.path.join(tmp(), 'parts')
+    for c in ('numbers', 'animals'):
+        generate(*over_base('--full', *QUICKLY[:-2]), '--class_id', c, out=parts)
+    assert weights(parts) == weights(full) and len(weights(full)) == 2
+    assert weights(generate(*over_base(*QUICKLY), '--trunk_dropout', '0')[0]) != weights(joint())     # there was dropout, of the same numbers
+
+
+def test_gen_class_is_added():
+    """A third class, first by name or not: the files of the others stay as they are, and the run has three."""
+    out = copied(joint())
+    before = tree(out)
+    _, text = generate('--data', topics(('colours', 'numbers', 'animals')), '--class_id', 'colours', out=out)
+    after = tree(out)
+    assert all(after[name] == digest for name, digest in before.items() if name.split(os.sep)[0] in ('animals', 'numbers', 'base'))
+    assert 'validation and test texts were training rows of the other classes' in text
+    run = lora.open_run(out, 'cpu', 'fp32')
+    assert run.labels == run.info['labels'] == ['animals', 'colours', 'numbers'] and run.logits(['red pink']).shape == (1, 3)
+    assert data.read_json(os.path.join(out, 'eval_results.json'))['n'] == 32 and set(run.info['calibration']['bias']) == set(run.labels)
+    old = lora.open_run(joint(), 'cpu', 'fp32')
+    a, b = old.logits(['cat', 'two one']) - old.log_prior, run.logits(['cat', 'two one']) - run.log_prior
+    assert np.allclose(a, b[:, [0, 2]], atol=1e-3)
+    steps = [r['step'] for r in records(out)]
+    assert steps == sorted(steps) and records(out)[-1]['class'] == 'colours'
+    raises(UserError, train_gen.main, ['--data', topics(), '--class_id', '0', '--out', out], match="no rows of the class 'colours'")
+
+
+def test_gen_two_classes_are_added():
+    """One after the other: the run has all four in the end, by --class_id or by --resume."""
+    path = write('four.csv', data.read_bytes(topics(tuple(TOPICS))).decode() + ''.join(f'{"x" * i},letters\n' for i in range(1, 40)))
+    out = copied(joint())
+    _, text = generate('--data', path, '--class_id', 'colours', out=out)
+    assert 'it lacks the classes letters' in text
+    assert lora.open_run(out, 'cpu', 'fp32').logits(['cat']).shape == (1, 2)        # the finished run still works
+    other = copied(out)
+    generate('--data', path, '--class_id', 'letters', out=out)
+    assert lora.open_run(out, 'cpu', 'fp32').labels == ['animals', 'colours', 'letters', 'numbers']
+    generate('--resume', out=other)                                     # as the message says
+    assert lora.open_run(other, 'cpu', 'fp32').labels == ['animals', 'colours', 'letters', 'numbers']
+
+
+def test_gen_class_is_replaced():
+    out = copied(joint())
+    before = tree(out)
+    generate('--class_id', '1', '--max_steps', '14', '--lr', '3e-2', out=out)
+    after = tree(out)
+    assert {name.split(os.sep)[0] for name in after if after[name] != before.get(name)} - {'numbers'} <= {
+        'run.json', 'log.jsonl', 'eval_results.json', 'val_preds.json', 'val_labels.json'}
+    assert after[os.path.join('numbers', 'adapter_model.safetensors')] != before[os.path.join('numbers', 'adapter_model.safetensors')]
+    assert records(out)[-1]['step'] == records(joint())[-1]['step'] + 5 and set(after) == set(before)
+
+
+def test_gen_class_with_another_dropout():
+    """Dropout is a matter of training: a class may have its own, or is refused; in no case does the run stop working."""
+    out = copied(joint())
+    try:
+        generate('--class_id', '1', '--dropout', '0.3', out=out)
+    except UserError:
+        pass
+    assert lora.open_run(out, 'cpu', 'fp32').logits(['cat']).shape == (1, 2)
+
+
+def test_gen_class_takes_its_own_length():
+    """--max_steps on a run that was trained by --epochs: the typed flag counts, not the run's."""
+    out = generate(*over_base('--epochs', '0.2', '--batch_size', '4'))[0]
+    before = records(out)[-1]['step']
+    generate('--class_id', '1', '--max_steps', '30', out=out)
+    assert records(out)[-1]['step'] - before == 10                      # its third of the rows
+
+
+def test_gen_class_errors():
+    out = copied(joint())
+    for argv, match in ((['--r', '8'], '--r 8'), (['--targets', 'c_attn'], '--targets'), (['--max_length', '20'], '--max_length'),
+                        (['--full'], '--full'), (['--model', 'nano'], '--model'), (['--posterior_steps', '3'], '--posterior_steps')):
+        raises(UserError, train_gen.main, ['--class_id', '1', '--out', out, *argv], match=match)
+    for c in ('2', 'plants', '-1', '1.0', ''):
+        raises(UserError, train_gen.main, ['--class_id', c, '--out', out], match='no such class; ')
+    assert tree(out) == tree(joint())
+    raises(UserError, train_gen.main, [*over_base(), '--class_id', '0', '--out', tiny_run('full')], match='no generative run')
+    raises(UserError, train_gen.main, ['--class_id', '0', '--out', gen_run('prefix')], match='no generative run of --lora or --full')
+    raises(UserError, train_gen.main, ['--class_id', '0', '--out', pretrained()], match='is a language model')
+    record = os.path.join(out, 'numbers', 'class.json')
+    data.write_json(record, {**data.read_json(record), 'base': '0' * 64})
+    for main, argv in ((predict.main, [out, 'x']), (evaluation.main, [out])):
+        raises(UserError, main, argv, match='another base model')
+    shutil.rmtree(os.path.join(out, 'numbers'))
+    raises(UserError, predict.main, [out, 'x'], match="lacks the class 'numbers'")
+    generate('--resume', out=out)
+    assert weights(out) == weights(joint())
+    path = os.path.join(out, 'base', 'model.safetensors')
+    tensors = {n: t.clone() for n, t in gpt.load_safetensors(path).items()}
+    tensors['transformer.wpe.weight'][0, 0] += 1
+    gpt.save_safetensors(path, tensors)
+    raises(UserError, lora.open_run, out, match='another base model')
+    raises(UserError, train_gen.main, ['--class_id', '0', '--out', out], match='another base model')
+
+
+@contextlib.contextmanager
+def interrupted_at(call):
+    """Ctrl-C in the middle of the call-th forward pass of training."""
+    calls, real = [], GPT.logprob
+
+    def logprob(self, *a, **k):
+        if torch.is_grad_enabled():
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGINT)
+        return real(self, *a, **k)
+    with patched(GPT, 'logprob', logprob):
+        yield
+
+
+def same_run(out, whole):
+    """The same weights, predictions and steps, and nothing left over."""
+    assert weights(out) == weights(whole)
+    assert sorted(tree(out)) == sorted(tree(whole)), sorted(tree(out))
+    for name in ('eval_results.json', 'val_preds.json'):
+        if os.path.exists(os.path.join(whole, name)):
+            assert data.read_json(os.path.join(out, name)) == data.read_json(os.path.join(whole, name)), name
+    steps, wanted = ([(r['step'], r.get('class'), r.get('val_loss')) for r in records(x)] for x in (out, whole))
+    assert steps == wanted, (steps, wanted)
+
+
+def test_gen_resume_is_bitwise():
+    """Interrupted in the second class, in the posterior phase, in a run of one phase; each forward pass is half a step."""
+    halves = [*QUICKLY, '--grad_accum', '2']
+    others = [*QUICKLY[:-2], '--grad_accum', '2']                       # without --r
+    for argv, calls in ((['--lora', *halves], (3, 13)), (['--lora', *halves, '--posterior_steps', '4'], (21,)), (['--full', *others], (13,)),
+                        (['--prefix', *others, '--posterior_steps', '4'], (7, 19)), (['--pretrain', *others], (7,))):
+        whole = generate(*over_base(*argv))[0]
+        for call in calls:
+            out = os.path.join(tmp(), 'run')
+            with interrupted_at(call):
+                code, text, err = script(train_gen.main, [*over_base(*argv), '--out', out])
+            assert code == 130 and f'--resume --out {out}' in err, (argv, code, err)
+            assert [at for at in tree(out) if at.endswith('resume.pt')] != []
+            raises(UserError, train_gen.main, ['--resume', '--out', out, '--lr', '5'], match='--lr')
+            raises(UserError, train_gen.main, [*over_base(*argv), '--out', out], match='already holds a run')
+            generate('--resume', out=out)
+            same_run(out, whole)
+            assert data.read_json(os.path.join(out, 'run.json'))['args']['lr'] == 1e-2
+
+
+def test_gen_resume_while_a_class_is_added():
+    out, whole = copied(joint()), copied(joint())
+    argv = ['--data', topics(('colours', 'numbers', 'animals')), '--class_id', 'colours']
+    generate(*argv, out=whole)
+    with interrupted_at(2):
+        assert script(train_gen.main, [*argv, '--out', out])[0] == 130
+    assert lora.open_run(out, 'cpu', 'fp32').labels == ['animals', 'numbers']       # it works meanwhile
+    generate('--resume', out=out)
+    same_run(out, whole)
+    assert lora.open_run(out, 'cpu', 'fp32').labels == ['animals', 'colours', 'numbers']
+
+
+class Killed(BaseException):
+    """What a kill leaves behind: nothing after it runs."""
+
+
+@contextlib.contextmanager
+def killed(owner, name, call, after=False):
+    """The call-th call of owner.name inside is the last thing that happens, or (without after) no longer happens."""
+    calls, real = [], getattr(owner, name)
+
+    def fn(*a, **k):
+        calls.append(1)
+        if len(calls) != call:
+            return real(*a, **k)
+        if after:
+            real(*a, **k)
+        raise Killed
+    with patched(owner, name, fn):
+        yield
+
+
+def test_gen_promote_survives_a_kill():
+    """Killed before any of the renames that move what a phase made to its place, then resumed: the run of an undisturbed one."""
+    for method in ('--lora', '--prefix'):
+        argv = over_base(method, '--max_steps', '2', '--batch_size', '4', '--lr', '1e-2', '--posterior_steps', '1')
+        whole, calls = generate(*argv)[0], 0
+        while True:
+            out = os.path.join(tmp(), 'run')
+            try:
+                with killed(os, 'rename', calls + 1):
+                    script(train_gen.main, [*argv, '--out', out])
+                break                                                   # there is no such rename any more
+            except Killed:
+                calls += 1
+            generate('--resume', out=out)
+            same_run(out, whole)
+        assert calls >= 4, calls
+
+
+def test_gen_promote_of_the_log_survives_a_kill():
+    """Killed while the log's lines move, or the emptied folder goes: resumed, each line stands there once."""
+    argv = over_base(*QUICKLY)
+    for owner, name, call, after in (
+            (os, 'remove', 1, False), (os, 'remove', 1, True), (os, 'remove', 2, True), (shutil, 'rmtree', 1, False), (shutil, 'rmtree', 2, False)):
+        out = os.path.join(tmp(), 'run')
+        with killed(owner, name, call, after), contextlib.suppress(Killed):
+            script(train_gen.main, [*argv, '--out', out])
+            raise AssertionError(f'{name} was not called {call} times')
+        generate('--resume', out=out)
+        same_run(out, joint())
+
+
+def test_gen_prior():
+    run = opened('lora')
+    counts = np.bincount(data.load(topics()).train.y)
+    assert run.info['prior'] == dict(zip(run.labels, (counts / counts.sum()).tolist())) and counts[0] > 1.5 * counts[1]
+    tokens = data.tokenize(run.enc, ['cat', 'one two', ''], cache=False)
+    pure = gpt.text_logprobs(run.passes[0][0], tokens, 128, 'head', CPU, torch.float32)
+    assert np.allclose(run.logits_of(tokens), pure + np.log(counts / counts.sum()), atol=1e-4)
+    out, _ = generate(*over_base(*QUICKLY), '--prior', 'uniform')
+    assert weights(out) == weights(joint())                             # it plays no part in the likelihoods
+    other = lora.open_run(out, 'cpu', 'fp32')
+    assert list(other.info['prior'].values()) == [0.5, 0.5] and opened('zero_shot').info['prior'] == other.info['prior']
+    mine = lora.open_run(joint(), 'cpu', 'fp32').logits_of(tokens)
+    assert np.allclose(other.logits_of(tokens) - np.log(0.5), mine - np.log(counts / counts.sum()), atol=1e-4)
+
+
+def test_gen_calibration_is_fitted():
+    """Known tau and biases are found again; few or separable rows give finite ones; the NLL falls."""
+    rng = np.random.RandomState(0)
+    prior = np.log([0.5, 0.3, 0.2]).astype(np.float32)
+
+    def nll(x, y, tau=1.0, bias=0.0):
+        return evaluation.metrics(evaluation.softmax(x / tau + prior + bias), y, ['a', 'b', 'c'])['nll']
+    for tau, bias in ((12.0, (0.7, -0.2, -0.5)), (0.5, (0.0, 0.0, 0.0)), (1.0, (-1.0, 2.0, -1.0))):
+        x = (-80 + 2 * tau * rng.randn(20000, 3)).astype(np.float32)
+        p = evaluation.softmax(x / tau + prior + np.array(bias))
+        y = (rng.rand(20000, 1) > p.cumsum(1)).sum(1)
+        got, b = train_gen.fit_calibration(x, prior, y)
+        assert abs(got / tau - 1) < 0.05 and np.abs(b - b.mean() - bias + np.mean(bias)).max() < 0.1, (tau, got, bias, b)
+        assert nll(x, y, got, b) <= nll(x, y) + 1e-3 and (tau == 0.5 or nll(x, y, got, b) < nll(x, y) - 0.05)
+    for x, y in (([[-300.0, -310, -305], [-200, -190, -220]], [0, 1]), ([[-300.0, -310, -305], [-200, -190, -220]], [1, 0]),
+                 ([[-5.0, -9, -9]], [0]), (np.eye(3)[[0, 1, 2] * 9] * 50, [0, 1, 2] * 9)):
+        x, y = np.array(x, np.float32), np.array(y)
+        tau, b = train_gen.fit_calibration(x, prior, y)
+        assert 0 < tau < np.inf and np.isfinite(b).all() and nll(x, y, tau, b) <= nll(x, y) + 1e-3, (x, y, tau, b)
+
+
+def test_gen_decision_is_bayes_rule():
+    """The predicted class is that of the uncalibrated logits, with --calibrated that of the calibrated probabilities, where these differ."""
+    out = copied(gen_run('lora'))
+    path = os.path.join(out, 'run.json')
+    info = data.read_json(path)
+    data.write_json(path, {**info, 'calibration': dict(tau=2.0, bias=dict(animals=0.0, numbers=500.0))})
+    run = lora.open_run(out, 'cpu', 'fp32')
+    logits = run.logits(['cat dog'])
+    prior = np.log(list(info['prior'].values()))
+    assert np.allclose(run.calibrated(logits), (logits - prior) / 2 + prior + [0, 500], atol=1e-3)
+    answers = [json.loads(script(predict.main, [out, '--json', '--dtype', 'fp32', 'cat dog', *flag])[1]) for flag in ([], ['--calibrated'])]
+    assert [a['label'] for a in answers] == ['animals', 'numbers'] and answers[0]['probs'] == answers[1]['probs']
+    assert answers[0]['probs']['numbers'] > 0.99
+    plain, calibrated = (json.loads(script(evaluation.main, [out, '--json', '-', '--dtype', 'fp32', *flag])[1])['runs'][0]
+                         for flag in ([], ['--calibrated']))
+    assert plain['accuracy'] == 1 and calibrated['accuracy'] < 0.5 and plain['nll'] == calibrated['nll'] > 100 and plain['uncalibrated']['nll'] < 0.1
+    assert 'before calibration' in script(evaluation.main, [out, '--dtype', 'fp32'])[1]
+    raises(UserError, evaluation.main, [tiny_run('full'), '--calibrated'], match='discriminative')
+    raises(UserError, predict.main, [tiny_run('full'), '--calibrated', 'x'], match='discriminative')
+
+
+def test_gen_posterior_steps():
+    """Texts of shared words and one telling one, few steps: the validation accuracy does not fall by the posterior phase, the loss falls."""
+    rng = random.Random(0)
+
+    def text(label):
+        words = [rng.choice('the of and to in it was for on with as by at'.split()) for _ in range(6)]
+        words[rng.randrange(6)] = rng.choice((['red', 'pink'], ['dog', 'fish'])[label])
+        return f'{" ".join(words)},{"ab"[label]}\n'
+    train_file, val = ('text,label\n' + ''.join(text(i % 2) for i in range(n)) for n in (300, 200))
+    argv = ['--data', write('t.csv', train_file), '--val', write('v.csv', val), '--model', pretrained(), '--dtype', 'fp32', '--lr', '1e-2',
+            '--max_steps', '40']
+    plain, sharp = (data.read_json(os.path.join(generate(*argv, *more)[0], 'run.json'))['results'] for more in ([], ['--posterior_steps', '40']))
+    assert 0.5 <= plain['val_accuracy'] < 0.98, plain                   # there is something to gain
+    assert sharp['val_accuracy'] >= plain['val_accuracy'] and sharp['val_loss'] < plain['val_loss'], (plain, sharp)
+    losses = []
+    for share in ('0', '0.9'):                                          # the share of the likelihood reaches the loss
+        out, _ = generate(*over_base(*QUICKLY, '--posterior_steps', '1', '--likelihood_share', share))
+        losses.append([r['loss'] for r in records(out) if 'loss' in r][-1])
+    assert losses[1] > losses[0] + 0.1, losses
+
+
+def test_gen_auc():
+    s, y = np.array([3.0, 1, 2, 2, 0]), np.array([True, False, True, False, False])
+    assert abs(train_gen.auc(s, y) - 5.5 / 6) < 1e-12                     # one pair of six is a tie
+    assert abs(train_gen.auc(s, ~y) - 0.5 / 6) < 1e-12 and train_gen.auc(np.zeros(5), y) == 0.5
+    try:
+        from sklearn.metrics import roc_auc_score
+    except ImportError:
+        skip('scikit-learn is not installed (by hand it was tested)')
+    rng = np.random.RandomState(0)
+    for digits in (1, 9):
+        s, y = rng.randn(500).round(digits).astype(np.float32), rng.rand(500) < 0.2
+        assert abs(train_gen.auc(s, y) - roc_auc_score(y, s)) < 1e-9
+
+
+def test_gen_explain():
+    """The prior's share first, then one number per character; together exactly the margin of the decision."""
+    for method in ('lora', 'full', 'prefix', 'zero_shot'):
+        run = opened(method)
+        for text in ('cat dog bird', 'one', '', 'horse ' * 40, 'größe 中'):
+            pieces = predict.explain(run, text)
+            logits = np.sort(run.logits([text])[0])
+            assert pieces[0][0] == 'P(class)' and abs(sum(v for _, v in pieces) - (logits[-1] - logits[-2])) < 1e-3, (method, text)
+            room = run.args['max_length']
+            assert ''.join(t for t, _ in pieces[1:]) == (text[:room] if len(text) > room else text + '<|endoftext|>')
+        best, second = np.argsort(-run.logits(['cat'])[0])
+        assert abs(predict.explain(run, 'cat')[0][1] - (run.log_prior[best] - run.log_prior[second])) < 1e-6
+    terms = opened('lora').token_logprobs('cat dog')[1]
+    assert terms.shape == (8, 2) and np.allclose(terms.sum(0) + opened('lora').log_prior, opened('lora').logits(['cat dog'])[0], atol=1e-3)
+
+
+def test_gen_readable():
+    enc = data.tokenizer('bytes')
+    ids = list('a中é'.encode()) + list(b'\xff\xfe') + [ord('z')]
+    pieces = predict.readable(enc, ids, [float(2 ** i) for i in range(len(ids))])
+    assert pieces[:3] == [('a', 1.0), ('中', 14.0), ('é', 48.0)] and sum(v for _, v in pieces) == 2 ** len(ids) - 1
+    assert ''.join(t for t, _ in pieces[3:]).endswith('z') and '\ufffd' in pieces[3][0]
+    assert predict.readable(enc, list('中'.encode())[:2], [1.0, 2.0]) == [('\ufffd', 3.0)]
+
+
+def test_gen_html():
+    page = os.path.join(tmp(), 'page.html')
+    code, text, _ = script(predict.main, [gen_run('lora'), '--explain', '--html', page, 'cat <script>&', 'one "two"'])
+    html = data.read_bytes(page).decode()
+    assert html.startswith('<!doctype html>') and html.count('<p><b>') == 2 and '<script' not in html and 'http' not in html and 'src=' not in html
+    assert '>&lt;</span>' in html and '>&amp;</span>' in html and '>P(class)</span>' in html and len(text.splitlines()) == 2
+    raises(UserError, predict.main, [gen_run('lora'), '--html', page, 'x'], match='--html does nothing without --explain')
+
+
+def test_gen_html_from_a_terminal():
+    """With texts typed one by one the page is written, too, or --html is refused; it is not dropped in silence."""
+    class Terminal(io.StringIO):
+        isatty = lambda self: True
+
+    def type_next(prompt, typed=iter(['cat dog'])):
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError
+    page = os.path.join(tmp(), 'page.html')
+    with patched(sys, 'stdin', Terminal()), patched(builtins, 'input', type_next), contextlib.redirect_stdout(Terminal()):
+        try:
+            predict.main([gen_run('lora'), '--explain', '--html', page])
+        except UserError:
+            return
+    assert b'>P(class)<' in data.read_bytes(page)
+
+
+def test_gen_sample():
+    def sample(*argv):
+        return script(predict.main, [gen_run('lora'), '--dtype', 'fp32', '--sample', *argv])[1]
+    a = sample('animals')
+    assert a == sample('animals') != sample('animals', '--seed', '9') and a != sample('numbers')
+    assert a.splitlines()[1:] == sample('animals', '--num', '2', '--seed', '1').splitlines()                     # the i-th is seed + i
+    words = [re.findall('|'.join(TOPICS['animals'].split()), sample(label, '--num', '4', '--temperature', '0.5')) for label in ('animals', 'numbers')]
+    assert len(words[0]) > 5 > len(words[1]), words
+    sure = [sample('numbers', '--top_k', '1', '--num', '1', '--seed', s) for s in '12']
+    assert sure[0] == sure[1]                                           # the likeliest token each time: nothing is left to chance
+    for method in ('full', 'prefix', 'zero_shot'):
+        run = opened(method)
+        assert run.sample('animals', 20, seed=1) == run.sample('animals', 20, seed=1) != run.sample('animals', 20, seed=2)
+    assert len(opened('lora').sample('animals', 3, seed=0)) <= 3
+    with patched(torch, 'multinomial', lambda *a, **k: torch.tensor([97])):
+        assert [opened(m).sample('numbers', 10**6) for m in ('lora', 'prefix')] == ['a' * 95] * 2    # all positions
+    for argv, match in ((['--sample', 'plants'], 'plants'), (['--sample', 'animals', 'a text'], 'leave text out'),
+                        (['--num', '3', 'x'], 'without --sample'), (['--sample', 'animals', '--json'], 'leave json out')):
+        raises(UserError, predict.main, [gen_run('lora'), *argv], match=match)
+
+
+def test_gen_out_of_distribution():
+    ds, out = data.load(topics()), gen_run('lora')
+
+    def labels(texts, *flags):
+        return [json.loads(line)['label'] for line in script(predict.main, [out, '--json', '--dtype', 'fp32', *flags, *texts])[1].splitlines()]
+    assert labels(['#@!%% 99 zzz', 'cat dog bird'], '--ood_quantile', '0.05') == [None, 'animals'] and None not in labels(['#@!%% 99 zzz'])
+    for q in (0.25, 0.6):
+        share = np.mean([label is None for label in labels(ds.val.texts, '--ood_quantile', str(q))])
+        assert abs(share - q) < 1.5 / len(ds.val.texts), (q, share)
+    assert None not in labels(ds.val.texts, '--ood_quantile', '0')
+    for method in ('full', 'zero_shot'):
+        out = gen_run(method)
+        assert labels(['#@!%% 99 zzz'], '--ood_quantile', '0.02') == [None]
+    for other, match in ((tiny_run('full'), 'discriminative'), (gen_run('direct'), '--direct')):
+        for flags in (['--ood_quantile', '0.1', 'x'], ['--sample', 'animals']):
+            raises(UserError, predict.main, [other, *flags], match=match)
+    raises(UserError, predict.main, [gen_run('direct'), '--explain', 'x'], match='--direct')
+
+
+def test_gen_prompts():
+    assert opened('zero_shot').info['prompts'] == dict(animals='animals:\n', numbers='numbers:\n')
+    assert opened('direct').info['prompts'] == dict(animals='\nLabel: animals', numbers='\nLabel: numbers')
+    for table in (train_gen.PROMPTS, train_gen.ANSWERS):                # the published data sets have good ones
+        assert set(table) == {'sst2', 'agnews', 'imdb', 'sms'} and all(len(set(p.values())) == len(p) for p in table.values())
+    for name in ('sst2', 'agnews', 'imdb', 'sms'):
+        assert set(train_gen.PROMPTS[name]) == set(train_gen.ANSWERS[name])
+    mine = dict(animals='cat dog\n', numbers='one two\n')
+    out, _ = generate(*over_base('--zero_shot', '--prompts', write('p.json', json.dumps(mine))))
+    run = lora.open_run(out, 'cpu', 'fp32')
+    assert run.info['prompts'] == mine
+    model = GPT.load(pretrained()).eval()
+    want = [one_by_one(model, b'horse', True, list(mine[label].encode())) for label in run.labels]
+    assert np.abs(run.logits(['horse'])[0] - run.log_prior - want).max() < 1e-3
+    out = os.path.join(tmp(), 'none')
+    for content, match in (('["a"]', 'JSON object'), ('{"animals": "x"}', "'numbers' is missing"), ('{', 'p.json'),
+                           ('{"animals": 3, "numbers": "x"}', 'JSON object'), ('{"animals": "", "numbers": "y"}', 'JSON object'),
+                           ('{"animals": "x", "numbers": "y", "plants": "z"}', "'plants' is no class")):
+        raises(UserError, train_gen.main, [*over_base('--zero_shot', '--prompts', write('p.json', content), '--out', out)], match=match)
+    assert not os.path.exists(out)
+
+
+def test_gen_contextual_calibration():
+    """--direct: log P(class's words | text), less the logarithm of the mean posterior behind texts that say nothing. Of a single such text the
+    posterior is then uniform; of several, their posteriors before it are so on average."""
+    run = opened('direct')
+    model = GPT.load(pretrained()).eval()
+    raw = [one_by_one(model, list(f'cat dog{prompt}'.encode()), False, first=7) for prompt in run.info['prompts'].values()]
+    assert np.abs(run.logits(['cat dog'])[0] - run.log_prior + run.neutral - raw).max() < 1e-3
+    p = np.array([evaluation.softmax((run.logits([t]) - run.log_prior + run.neutral).astype(float))[0] for t in lora.NEUTRAL])
+    assert np.allclose(np.exp(run.neutral), p.mean(0), atol=1e-4) and np.ptp(run.neutral) > 0.01, run.neutral
+    with patched(lora, 'NEUTRAL', ['N/A']):
+        alone = opened('direct')
+    of_one, of_three = (evaluation.softmax(r.logits(['N/A']))[0] for r in (alone, run))
+    assert np.allclose(of_one, 0.5, atol=1e-4) and not np.allclose(of_three, 0.5, atol=1e-4)
+
+
+def test_gen_pretrain():
+    """A language model of a file of lines, for --model of both scripts; no classifier itself."""
+    out = pretrained()
+    info = data.read_json(os.path.join(out, 'run.json'))
+    assert info['kind'] == 'lm' and info['labels'] == [] and set(os.listdir(out)) == {'run.json', 'config.json', 'model.safetensors', 'log.jsonl'}
+    log = [r['val_loss'] for r in records(out) if 'val_loss' in r]
+    assert log[-1] < 0.6 * log[0] and min(log) == info['results']['val_loss']
+    flags = ('seed', 'data_dir', 'val', 'test', 'text_col', 'label_col', 'max_samples', 'balance')
+    texts, val_texts, _ = data.load_texts(info['data'], **{name: info['args'][name] for name in flags})
+    assert len(val_texts) == 32 and len(texts) == 288 and not set(texts) & set(val_texts)
+    model, tokens = GPT.load(out), data.tokenize(data.tokenizer('bytes'), val_texts, cache=False)
+    nats = -gpt.text_logprobs(model, tokens, 95, 'head', CPU, torch.float32).sum() / (tokens.lengths + 1).sum()
+    assert abs(nats - min(log)) < 1e-4, (nats, log)                     # nats per token, <|endoftext|> counted
+    cls, _ = train('--data', topics(), '--model', out, '--head', '--max_steps', '1')
+    assert data.read_json(os.path.join(cls, 'run.json'))['base'] == dict(name=out, sha256=gpt.base_sha256(out))
+    assert data.read_json(os.path.join(gen_run('lora'), 'run.json'))['base'] == dict(name=out, sha256=gpt.base_sha256(out))
+    for main, argv in ((predict.main, [out, 'x']), (evaluation.main, [out]), (train_gen.main, ['--resume', '--out', out])):
+        raises(UserError, main, argv, match='is a language model')
+    raises(UserError, train_gen.main, ['--pretrain', '--data', topics(), '--model', 'nano', '--scratch', '--out', out], match='already holds a run')
+    table, _ = generate('--pretrain', '--data', topics(), *SHAPE, '--max_steps', '2')               # a table's texts, its test rows left out
+    assert data.read_json(os.path.join(table, 'run.json'))['rows'] == dict(train=192, val=24, test=0)
+    raises(UserError, generate, '--pretrain', '--data', write('few.txt', 'one\ntwo\ntwo\n'), *SHAPE, match='at least 10')
+
+
+class FakeTraining:
+    """subprocess.Popen of nano_folder: makes a folder instead of training for a minute."""
+    code, also, commands = 0, (), []
+
+    def __init__(self, command, **kw):
+        self.returncode, self.stdout = self.code, ['step 400/1600  loss 1\n', 'something else\n']
+        self.commands.append(command)
+        for folder in [command[-1]] * (self.code == 0) + list(self.also):
+            shutil.copytree(pretrained(), folder)
+
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *a: None
+
+
+def test_gen_nano_is_made_once():
+    model = pretrained()
+    with fresh_cache() as cache, patched(subprocess, 'Popen', FakeTraining), patched(FakeTraining, 'commands', []):
+        folder = os.path.join(cache, 'models', f'nano-{data.DEMO_VERSION}')
+        code, text, _ = script(lambda argv: print(gpt.nano_folder()), [])
+        assert text.splitlines()[-1] == folder and text.count('nano: step 400/1600') == 1 and 'something else' not in text
+        command, = FakeTraining.commands
+        assert command[0] == sys.executable and os.path.basename(command[1]) == 'train_gen.py' and os.path.isfile(command[1])
+        args, given, _ = train_gen.parse(command[2:])
+        assert (args.method, args.data, args.model, args.scratch) == ('pretrain', 'demo', 'nano', True) and args.max_steps == args.eval_every
+        assert gpt.model_folder('nano') == folder and len(FakeTraining.commands) == 1             # kept
+        assert tree(folder) == tree(model) and os.listdir(os.path.dirname(folder)) == [os.path.basename(folder)]
+        for code, error in ((2, UserError), (130, KeyboardInterrupt)):
+            shutil.rmtree(os.path.join(cache, 'models'))
+            with patched(FakeTraining, 'code', code):
+                raises(error, gpt.nano_folder)
+            assert os.listdir(os.path.join(cache, 'models')) == []      # nothing half made
+        with patched(FakeTraining, 'also', [folder]), contextlib.redirect_stdout(io.StringIO()):                  # another process was faster
+            assert gpt.nano_folder() == folder and tree(folder) == tree(model)
+        assert os.listdir(os.path.dirname(folder)) == [os.path.basename(folder)]
+
+
+def test_gen_files_open_in_transformers_and_peft():
+    """Every class of a run, opened by the programs its files are for, gives our log P(text | class)."""
+    try:
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        skip('transformers or peft is not installed')
+    texts = ['cat dog bird', 'one', 'two three größe']
+    for method in ('lora', 'full', 'prefix', 'posterior'):
+        out, run = gen_run(method), opened(method)
+        ours = run.logits(texts) - run.log_prior
+        for c, label in enumerate(run.labels):
+            folder = os.path.join(out, label)
+            with contextlib.redirect_stderr(io.StringIO()):
+                if method == 'full':
+                    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+                else:
+                    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(os.path.join(out, 'base')), folder).eval()
+            for text, mine in zip(texts, ours[:, c]):
+                ids = torch.tensor([[256, *text.encode(), 256]])
+                with torch.no_grad():
+                    logits = theirs(ids).logits[0, -ids.shape[1]:-1]    # without those of the prompt
+                assert abs(float(logits.log_softmax(1).gather(1, ids[0, 1:, None]).sum()) - mine) < 1e-3, (method, label, text)
+            if method != 'full':
+                named = data.read_json(os.path.join(folder, 'adapter_config.json'))['base_model_name_or_path']
+                assert os.path.isdir(named) and gpt.base_sha256(named) == gpt.base_sha256(os.path.join(out, 'base'))
+
+
+def test_gen_bad_input():
+    out, some = os.path.join(tmp(), 'run'), over_base()
+    one = write('one.csv', 'text,label\n' + ''.join(f'text {i},a\n' for i in range(30)))
+    for argv, match in (
+            (['--data', one], 'at least two classes'), ([*some, '--class_id', 'plants'], 'no such class'),
+            ([*some, '--class_id', '2'], '0 animals, 1 numbers'),
+            ([*some, '--max_length', '96'], '--max_length 96 does not fit: the model has 96 positions'),
+            ([*some, '--prefix', '--max_length', '95'], 'and 2 of them'), ([*some, '--zero_shot', '--max_length', '90'], '--max_length 90'),
+            ([*some, '--full', '--posterior_steps', '3'], '--posterior_steps'),
+            ([*some, '--zero_shot', '--posterior_steps', '3'], '--posterior_steps'), ([*some, '--prefix', '--class_id', '0'], '--class_id'),
+            ([*some, '--zero_shot', '--class_id', '0'], '--class_id'), ([*some, '--pretrain', '--class_id', '0'], '--class_id'),
+            ([*some, '--zero_shot', '--direct', '--prior', 'counts'], '--prior counts'), ([*some, '--pretrain', '--prior', 'counts'], '--prior'),
+            ([*some, '--prompts', 'x.json'], '--prompts does nothing without --zero_shot'), ([*some, '--direct'], '--direct does nothing'),
+            ([*some, '--likelihood_share', '0.5'], 'without --posterior_steps'), ([*some, '--posterior_lr', '1'], 'without --posterior_steps'),
+            ([*some, '--full', '--r', '4'], '--r does nothing without --lora'), ([*some, '--prefix', '--targets', 'c_fc'], '--targets'),
+            ([*some, '--zero_shot', '--lr', '1'], '--lr does nothing'), ([*some, '--zero_shot', '--epochs', '1'], '--epochs does nothing'),
+            ([*some, '--n_layer', '2'], '--n_layer'), ([*some, '--lora', '--full'], 'not allowed with'), 
+            ([*some, '--posterior_steps', '3', '--class_id', '0'], 'give one'), ([*some, '--zero_shot', '--prompts', 'nowhere.json'], 'nowhere.json'),
+            ([*some, '--targets', 'q_proj'], 'matches no layer'),
+            ([*some, '--device', 'abacus'], 'abacus'), (['--resume'], 'run.json'), ([*some[:2], '--model', 'nowhere'], 'nowhere')):
+        raises(UserError, train_gen.main, [*argv, '--out', out], match=match)
+        assert not os.path.exists(out), argv
+    raises(UserError, train_gen.main, ['--resume'], match='--out')
+    for there in (joint(), pretrained(), tiny_run('full')):
+        before = tree(there)
+        raises(UserError, train_gen.main, [*some, '--out', there], match='already holds a run')
+        assert tree(there) == before
+    raises(UserError, train_gen.main, ['--resume', '--out', tiny_run('full')], match='train_cls.py')
+    raises(UserError, generate, *some, *QUICKLY, '--lr', '1e30', '--clip', '0', '--log_every', '1', '--warmup', '0', match='try a smaller --lr')
+
+
+def test_gen_zero_shot_over_random_weights():
+    """It needs no training and so knows nothing, but it is the same run when it is opened again, or it is refused."""
+    out = os.path.join(tmp(), 'run')
+    try:
+        generate('--data', topics(), *SHAPE, '--zero_shot', out=out)
+    except UserError as e:
+        assert not os.path.exists(out), e                               # refused before anything is written
+    else:
+        assert lora.open_run(out, 'cpu', 'fp32').logits(['cat']).shape == (1, 2)
+
+
+def test_gen_long_and_odd_texts():
+    """Longer than the model's positions, empty, one character: the run trains, and only whole texts are scored with their end."""
+    rows = ''.join(f'{"cat dog " * 30}{i},a\n{"one two " * 30}{i},b\n' for i in range(20)) + '"",a\nx,b\n'
+    out, text = generate('--data', write('long.csv', 'text,label\n' + rows), *SHAPE, '--max_steps', '4')
+    assert 'are longer than 95 tokens' in text and lora.read_run(out)['args']['max_length'] == 95
+    run = lora.open_run(out, 'cpu', 'fp32')
+    assert np.isfinite(run.logits(['', 'x', 'y' * 95, 'y' * 96])).all()
+    assert [len(run.token_logprobs(t)[1]) for t in ('', 'x', 'y' * 95, 'y' * 96)] == [1, 2, 96, 95]
+
+
+def test_gen_class_of_one_row():
+    """It has no validation rows to choose its weights by, and the run works."""
+    path = write('rare.csv', data.read_bytes(topics()).decode() + 'zzz,rare\n')
+    for method in (['--lora'], ['--full'], ['--lora', '--posterior_steps', '2']):
+        out, _ = generate('--data', path, '--model', pretrained(), '--dtype', 'fp32', '--max_steps', '4', *method)
+        run = lora.open_run(out, 'cpu', 'fp32')
+        assert run.labels == ['animals', 'numbers', 'rare'] and run.info['prior']['rare'] == 1 / 193 and np.isfinite(run.logits(['zzz'])).all()
+
+
+def test_gen_zero_shot_over_another_base():
+    base = copied(pretrained())
+    out, _ = generate('--data', topics(), '--model', base, '--zero_shot')
+    lora.open_run(out)
+    gpt.save_hf(base, formula_model(SMALL, 0))
+    lora.open_run(out)                                                  # a small base travels with the run
+    gpt.save_hf(os.path.join(out, 'base'), formula_model(SMALL, 0))
+    raises(UserError, lora.open_run, out, match='another base model')
+
+
+def test_gen_frozen_base_stays_bitwise():
+    for dtype in ('fp32', 'bf16'):
+        seen = []
+
+        def catch(model, device, dtype, real=gpt.place):
+            model = real(model, device, dtype)
+            seen.append((model, {n: p.detach().clone() for n, p in model.named_parameters()}))
+            return model
+        with patched(gpt, 'place', catch), patched(lora, 'open_run', stop_here):
+            argv = [*over_base()[:-1], dtype, *QUICKLY, '--posterior_steps', '3']
+            raises(Stop, generate, *argv)
+        assert len(seen) == 3
+        for model, before in seen:
+            assert {n.rpartition('.')[2] for n in lora.trainables(model)} == {'A', 'B'}
+            for n, p in model.named_parameters():
+                assert torch.equal(p, before[n]) != p.requires_grad and (p.requires_grad or p.grad is None), (dtype, n)
+            rounded = [n for n, p in model.named_parameters() if p.dtype == torch.bfloat16]
+            assert bool(rounded) == (dtype == 'bf16') and 'wte.weight' not in rounded
+
+
+def test_gen_accumulation_equals_the_big_batch():
+    """2 steps of 12 rows of very different lengths, whole and in parts of 4: likelihood of all weights, of one vector, the posterior's loss."""
+    some = ['--data', imbalanced(), '--model', 'nano', '--scratch', '--n_layer', '2', '--n_head', '2', '--n_embd', '32', '--dtype', 'fp32',
+            '--lr', '1e-2', '--log_every', '1']
+    for argv in (['--full', '--max_steps', '4'], ['--prefix', '--max_steps', '2'], ['--dropout', '0', '--max_steps', '4', '--posterior_steps', '2']):
+        whole, parts = (generate(*some, *argv, '--batch_size', size, '--grad_accum', 12 // size)[0] for size in (12, 4))
+        a, b = ([r['loss'] for r in records(out) if 'loss' in r] for out in (whole, parts))
+        assert len(a) >= 2 and np.allclose(a, b, rtol=1e-5), (argv, a, b)
+        for name in weights(whole):
+            a, b = (gpt.load_safetensors(os.path.join(out, name)) for out in (whole, parts))
+            assert all(float((a[n] - b[n]).abs().max()) < 1e-4 for n in a), (argv, name)
+
+
+def test_gen_best_on_validation_is_saved():
+    """With a rate that destroys a class after its step 4, the adapter that is kept is one of before; its numbers stand in class.json."""
+    with patched(gpt, 'lr_at', lambda step, *a: 1e-2 if step < 4 else 3.0):
+        out, _ = generate(*over_base('--max_steps', '12', '--batch_size', '8', '--eval_every', '2'))
+    for label in ('animals', 'numbers'):
+        log = [r for r in records(out) if r['class'] == label and 'val_loss' in r]
+        start = min(r['step'] for r in log) - 2
+        best = max(log, key=lambda r: (r['val_auc'], -r['val_loss']))
+        results = data.read_json(os.path.join(out, label, 'class.json'))['results']
+        assert results['step'] == best['step'] - start <= 4 and results['val_loss'] == best['val_loss'] < log[-1]['val_loss'], (results, log)
+
+
+def test_gen_folder_names():
+    labels = ['Sci/Tech', 'Sci_Tech', 'a/b', 'a_b', 'A_B', 'base', 'Base', 'posterior', 'prefix', '..', '.', '/', ' ', '-', '', 'x' * 200, 'x' * 199,
+              'Äpfel', 'con.txt', 'a\\b', '../../etc', 'new\nline', 'class', 'class-2', 'tab\there', '中' * 200]
+    names = train_gen.folder_names(labels, {})
+    assert list(names) == labels and len({name.lower() for name in names.values()}) == len(labels)
+    for label, name in names.items():
+        assert re.fullmatch(r'[\w-]+', name) and len(f'{name}.part'.encode()) < 255, (label, name)
+        assert name.lower() not in ('base', 'posterior', 'prefix')
+        os.makedirs(os.path.join(tmp(), name))
+    assert names['Sci/Tech'] == 'Sci_Tech' and names['Äpfel'] == 'Äpfel' and names['a_b'] != 'a_b'
+    for new in ('a:b', 'BASE', 'aaa', 'X' * 200):
+        more = train_gen.folder_names([new, *reversed(labels)], names)
+        assert {label: more[label] for label in labels} == names and more[new].lower() not in {name.lower() for name in names.values()}
+    labels = ['..', 'base', 'a/b']
+    path = write('odd.csv', 'text,label\n' + ''.join(f'{w} {i},{label}\n' for i in range(12) for w, label in zip(('cat', 'one', 'red'), labels)))
+    out, _ = generate('--data', path, '--model', pretrained(), '--dtype', 'fp32', '--max_steps', '3')
+    run = lora.open_run(out, 'cpu', 'fp32')
+    assert sorted(run.labels) == sorted(labels) and run.logits(['cat']).shape == (1, 3) and len(os.listdir(out)) == 4 + 5
+
+
+def test_gen_fallback_to_the_demo():
+    """Neither data nor model named, nothing to be had: the demo; of a zero_shot run, too."""
+    def unavailable(*a, **k):
+        raise data.Unavailable('no network (simulated)')
+    nothing = environment(NANOCLS_DATA=None, HF_HOME=tmp())
+    with fresh_cache(), patched(data, 'download', unavailable), patched(gpt, 'nano_folder', pretrained), nothing:
+        for argv in (['--quick', '--max_steps', '2', '--max_length', '20'], ['--zero_shot', '--quick', '--max_length', '20']):
+            out, text = generate(*argv)
+            info = lora.read_run(out)
+            assert 'built-in demo instead' in text and (info['model'], info['data']) == ('nano', 'demo')
+        raises(data.Unavailable, generate, '--data', 'sst2', match='no network')
+
+
+def test_gen_runs_beside_discriminative_ones():
+    """eval.py compares both kinds on the same rows."""
+    cls, _ = train('--data', topics(), '--model', pretrained(), '--dtype', 'fp32', '--full', '--lr', '1e-2', '--max_steps', '30')
+    out = os.path.join(tmp(), 'numbers.json')
+    text, _ = run_eval([cls, gen_run('lora'), gen_run('direct'), '--dtype', 'fp32', '--json', out])
+    numbers = data.read_json(out)
+    want = data.read_json(os.path.join(gen_run('lora'), 'eval_results.json'))['accuracy']
+    assert len(numbers['runs']) == 3 and numbers['runs'][1]['accuracy'] == want
+    assert 'uncalibrated' not in numbers['runs'][0] and "McNemar's test" in text
+    assert evaluation.read_log(os.path.join(gen_run('lora'), 'log.jsonl'))['val_loss']
+
+
+
+
+def test_gen_loss_is_what_it_says():
+    """The first logged loss of a step that sees all rows: nats per token, <|endoftext|> counted; of the posterior phase the mean over the rows
+    of its cross-entropy and, by --likelihood_share, of the nats per token of each."""
+    argv = [*over_base(), '--r', '4', '--dropout', '0', '--batch_size', '300', '--max_steps', '3', '--log_every', '1']
+    out, _ = generate(*argv, '--posterior_steps', '1', '--likelihood_share', '0.25')
+    ds, plain = data.load(topics()), lora.open_run(generate(*argv)[0], 'cpu', 'fp32')
+    tokens = data.tokenize(plain.enc, ds.train.texts, cache=False)
+    base = gpt.text_logprobs(GPT.load(pretrained()), tokens, 95, 'head', CPU, torch.float32)[:, 0]
+    losses = {r['class']: r['loss'] for r in reversed(records(out)) if 'loss' in r}                  # the first of each
+    for c, label in enumerate(plain.labels):
+        mine = ds.train.y == c
+        assert abs(losses[label] + base[mine].sum() / (tokens.lengths + 1)[mine].sum()) < 1e-4, (label, losses)
+    logits, rows = plain.logits_of(tokens), np.arange(len(tokens))
+    own = (logits - plain.log_prior)[rows, ds.train.y] / (tokens.lengths + 1)
+    entropy = -np.log(evaluation.softmax(logits)[rows, ds.train.y])
+    assert abs(losses['the posterior of all classes'] - (0.75 * entropy.mean() - 0.25 * own.mean())) < 1e-4, losses
 
 
 # --- runner ---
