@@ -246,8 +246,9 @@ def curves(args):
             results = os.path.join(out, 'eval_results.json')
             return data.read_json(results)['accuracy'] if os.path.isfile(results) else None
 
+        base = args.base
         for seed in range(1, args.repeats + 1):
-            if seed == 1 or not test:                               # a base per split: it must not have read the test texts
+            if not args.base and (seed == 1 or not test):               # a base per split: it must not have read the test texts
                 base = os.path.join(tmp, f'base-{seed}')
                 train('train_gen.py', f'base-{seed}', '--pretrain', *shape, '--batch_size', '32', '--lr', '2e-3', '--seed', str(seed),
                       '--epochs', '2' if test else '10')
@@ -280,6 +281,7 @@ def main(argv=None):
     p.add_argument('--data', choices=('agnews', 'sms'), default='agnews', help='of --task curves')
     p.add_argument('--device', default='cpu' if not torch.cuda.is_available() else 'cuda', help='cpu or cuda')
     p.add_argument('--dtype', choices=('bf16', 'fp32'), default='bf16', help='precision of the matrix products')
+    p.add_argument('--base', metavar='DIR', help='of --task curves: this base model, instead of training one')
     p.add_argument('--hf_dtype', choices=('bf16', 'fp32'), help='precision of the Hugging Face side, if it is to differ from --dtype')
     p.add_argument('--json', metavar='FILE', help='write the figures there')
     p.add_argument('--hf_worker', metavar='DIR', help='(used by bench.py itself: run the Hugging Face side on this base and print its figures)')
