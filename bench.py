@@ -238,7 +238,7 @@ def curves(args):
         def train(script, name, *flags):
             """-> accuracy on the test rows"""
             out = os.path.join(tmp, name)
-            common = ['--data', args.data, '--max_length', '32', '--eval_every', '100000', '--log_every', '1000', '--out', out]
+            common = ['--data', args.data, '--max_length', '24', '--eval_every', '100000', '--log_every', '1000', '--out', out]
             p = subprocess.run([sys.executable, os.path.join(here, script), *(['--out', out] if '--resume' in flags else common), *flags],
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             if p.returncode:
@@ -247,11 +247,11 @@ def curves(args):
             return data.read_json(results)['accuracy'] if os.path.isfile(results) else None
 
         base = args.base
-        for seed in range(1, args.repeats + 1):
-            if not args.base and (seed == 1 or not test):               # a base per split: it must not have read the test texts
+        for seed in range(args.seed, args.seed + args.repeats):
+            if not args.base and (seed == args.seed or not test):               # a base per split: it must not have read the test texts
                 base = os.path.join(tmp, f'base-{seed}')
                 train('train_gen.py', f'base-{seed}', '--pretrain', *shape, '--batch_size', '32', '--lr', '2e-3', '--seed', str(seed),
-                      '--epochs', '2' if test else '10')
+                      '--epochs', '2' if test else '3')
             for size, epochs in ((100, 10), (1000, 3), (None, 1 if args.data == 'agnews' else 3)):
                 name = f'{size or "all"}-{seed}'
                 same = ['--model', base, *(['--test', test] if test else []), '--seed', str(seed), '--lora', '--lr', '3e-3', '--epochs', str(epochs)]
@@ -281,6 +281,7 @@ def main(argv=None):
     p.add_argument('--data', choices=('agnews', 'sms'), default='agnews', help='of --task curves')
     p.add_argument('--device', default='cpu' if not torch.cuda.is_available() else 'cuda', help='cpu or cuda')
     p.add_argument('--dtype', choices=('bf16', 'fp32'), default='bf16', help='precision of the matrix products')
+    p.add_argument('--seed', type=int, default=1, help='of --task curves: the first seed')
     p.add_argument('--base', metavar='DIR', help='of --task curves: this base model, instead of training one')
     p.add_argument('--hf_dtype', choices=('bf16', 'fp32'), help='precision of the Hugging Face side, if it is to differ from --dtype')
     p.add_argument('--json', metavar='FILE', help='write the figures there')

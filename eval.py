@@ -316,7 +316,7 @@ def read_log(path):
                 row = json.loads(line)
             except ValueError:                                                # a line cut off by a kill
                 continue
-            for key in ("loss", "val_loss", "val_accuracy"):
+            for key in ("loss", "val_loss", "val_accuracy", "val_auc"):
                 if key in row:
                     series.setdefault(key, {})[row["step"]] = row[key]
     return {key: tuple(zip(*sorted(points.items()))) for key, points in series.items()}
@@ -335,10 +335,12 @@ def plot(folder, names, labels, y, every, results, logs):
                 left.plot(*log["loss"], color=f"C{i}", alpha=0.4, lw=1)
             if "val_loss" in log:
                 left.plot(*log["val_loss"], color=f"C{i}", **marks)
-            if "val_accuracy" in log:
-                right.plot(*log["val_accuracy"], color=f"C{i}", **marks)
-        left.set(xlabel="step", ylabel="nats per text", title="loss (pale: training, dots: validation)")
-        right.set(xlabel="step", ylabel="accuracy", title="validation accuracy")
+            for key in ("val_accuracy", "val_auc"):
+                if key in log:
+                    right.plot(*log[key], color=f"C{i}", **marks)
+        by_class = any("val_auc" in log for log in logs)                      # a class of a generative run, one after another
+        left.set(xlabel="step", ylabel="nats per text" + " (of a class: per token)" * by_class, title="loss (pale: training, dots: validation)")
+        right.set(xlabel="step", ylabel="accuracy" + " (of a class: area under ROC)" * by_class, title="validation accuracy")
         left.grid(alpha=0.3)
         right.grid(alpha=0.3)
         fig.legend(loc="outside lower center", fontsize=8, ncols=3)
