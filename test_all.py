@@ -1921,7 +1921,9 @@ def test_predict_on_a_terminal():
 
 
 def test_ctrl_c_while_importing():
-    code = 'import data, os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)'
+    # the handler is set because a shell that starts the tests in the background has SIGINT ignored in all its children
+    code = ('import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '
+            'import data, os, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)')
     p = subprocess.run([sys.executable, '-c', code], cwd=os.path.dirname(os.path.abspath(__file__)), stderr=subprocess.PIPE, text=True)
     assert p.returncode in (-signal.SIGINT, 130) and p.stderr == 'interrupted\n', p
 
