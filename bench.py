@@ -82,11 +82,16 @@ def ours_eval(args, folder, dtype):
     model = gpt.GPT.load(folder, num_labels=2, new_head=True)
     lora.adapt(model, 'lora')
     gpt.place(model.requires_grad_(False), device, dtype)          # as lora.open_run does
+    return rates_of(lambda: gpt.class_logits(model, tokens, 128, 'head', device, dtype), len(tokens), 1)
+
+
+def rates_of(run, n, turns):
+    """Texts/s of each of so many calls of run(), which takes n texts, after one call as the warm-up."""
     rates = []
-    for _ in range(2):                                              # the first is the warm-up
+    for _ in range(1 + turns):
         t0 = time.perf_counter()
-        gpt.class_logits(model, tokens, 128, 'head', device, dtype)
-        rates.append(len(tokens) / (time.perf_counter() - t0))
+        run()
+        rates.append(n / (time.perf_counter() - t0))
     return rates[1:]
 
 
@@ -98,12 +103,7 @@ def ours_gen(args, folder, dtype):
     model = gpt.GPT.load(folder)
     lora.add_lora(model, 8, 16.0, 0.0, lora.TARGETS.split(','), classes=CLASSES)
     gpt.place(model.requires_grad_(False), device, dtype)
-    rates = []
-    for _ in range(3):                                              # the first is the warm-up
-        t0 = time.perf_counter()
-        gpt.text_logprobs(model, tokens, 128, 'head', device, dtype)
-        rates.append(len(tokens) / (time.perf_counter() - t0))
-    return rates[1:]
+    return rates_of(lambda: gpt.text_logprobs(model, tokens, 128, 'head', device, dtype), len(tokens), 2)
 
 
 def agnews_tokens():

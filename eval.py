@@ -181,7 +181,15 @@ def side_by_side(names, results, tests):
         lines.append(f"({len(tests)} tests: to be wrong in 5 % of all such tables, ask for p < {0.05 / len(tests):.2g})")
     return "\n".join(lines)
 
-# --- predictions from files ---
+# --- predictions in files ---
+
+def write_predictions(out, probs, pred, y, labels):
+    """val_preds.json and val_labels.json of a run folder, as --preds and --labels read them: probs (N, K), pred and y (N,) class ids."""
+    predictions = [dict(label=labels[c], probs=dict(zip(labels, p.tolist()))) for p, c in zip(probs, pred)]
+    data.write_json(os.path.join(out, "val_preds.json"), predictions)
+    data.write_json(os.path.join(out, "val_labels.json"), [labels[c] for c in y])
+
+
 
 def read_items(path):
     """The items of a JSON list, or of a file with one JSON value per line (what predict.py --json writes)."""

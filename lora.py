@@ -442,8 +442,7 @@ class GenRun(Run):
 
     def nats_per_token(self, tokens, logits):
         """Mean over its tokens of a text's log-likelihood under the mixture of all classes (N,): how much it is like the training texts."""
-        ends = [float(len(t) <= self.args['max_length'] and t[0] != self.model.end) for t in tokens]
-        return np.logaddexp.reduce(logits, axis=1) / (np.minimum(tokens.lengths, self.args['max_length']) + ends)
+        return np.logaddexp.reduce(logits, axis=1) / gpt.scored_lengths(self.model, tokens, self.args['max_length'])
 
     def likelihood_quantile(self, q):
         """The nats_per_token below which the share q of the validation texts lies."""

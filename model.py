@@ -642,6 +642,11 @@ def ends_here(model, tokens, index, max_length, device):
     return torch.tensor([len(tokens[i]) <= max_length and tokens[i][0] != model.end for i in index], device=device)
 
 
+def scored_lengths(model, tokens, max_length):
+    """How many tokens of each text are scored, its <|endoftext|> included -> (N,) int64 numpy."""
+    return np.minimum(tokens.lengths, max_length) + ends_here(model, tokens, range(len(tokens)), max_length, 'cpu').numpy()
+
+
 # ------------------------------------------------------------------------------------------- what a training run keeps
 
 @contextlib.contextmanager

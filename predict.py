@@ -94,8 +94,9 @@ def answer(run, texts, args, paragraphs):
     probs = softmax(run.calibrated(logits))
     choice = (logits if run.kind == 'gen' and not args.calibrated else probs).argmax(1)
     likeness = run.nats_per_token(tokens, logits) if run.kind == 'gen' and not run.answers else None
+    lowest = run.likelihood_quantile(args.ood_quantile) if args.ood_quantile is not None else None
     for i, (text, p, best) in enumerate(zip(texts, probs, choice)):
-        strange = args.ood_quantile is not None and likeness[i] < run.likelihood_quantile(args.ood_quantile)
+        strange = lowest is not None and likeness[i] < lowest
         label = run.labels[best] if not strange and (args.threshold is None or p[best] >= args.threshold) else None
         pieces = explain(run, text) if args.explain else None
         if args.html:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import lora
 import model as gpt
 from data import UserError
-from eval import metrics, report, softmax
+from eval import metrics, report, softmax, write_predictions
 
 def parse(argv):
     p = data.Parser(description=__doc__, prog='train_cls.py')
@@ -162,9 +162,7 @@ def main(argv=None):
     def evaluate():
         """-> (what is better when larger, the numbers for the log); writes the predictions."""
         probs = softmax(gpt.class_logits(model, val, args.max_length, args.truncate, device, dtype))
-        predictions = [dict(label=ds.labels[p.argmax()], probs=dict(zip(ds.labels, p.tolist()))) for p in probs]
-        data.write_json(os.path.join(args.out, 'val_preds.json'), predictions)
-        data.write_json(os.path.join(args.out, 'val_labels.json'), [ds.labels[c] for c in ds.val.y])
+        write_predictions(args.out, probs, probs.argmax(1), ds.val.y, ds.labels)
         m = metrics(probs, ds.val.y, ds.labels)
         return (m['accuracy'], -m['nll']), dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import lora
 import model as gpt
 from data import UserError
-from eval import metrics, own_data, report, run_metrics, softmax
+from eval import metrics, own_data, report, run_metrics, softmax, write_predictions
 from model import GPT
 
 # Prompts of --zero_shot in front of a text, and with --direct behind it. Their common part cancels between the classes.
@@ -390,11 +390,8 @@ def main(argv=None):
         if kind == 'posterior':                                     # goes on from the likelihood's best weights
             model = base_model() if args.method == 'lora' else GPT.load(os.path.join(args.out, 'base'))
             torch.manual_seed(args.seed)                            # whatever was trained before, in this process or another
+            model.requires_grad_(args.prefix)                       # what is added below trains
             lora.load_peft([os.path.join(args.out, folders[one]) for one in labels], model, classes=k)
-            model.requires_grad_(args.prefix)
-            for m in model.modules():
-                if isinstance(m, lora.LoRA):
-                    m.A.requires_grad_(True), m.B.requires_grad_(True)
             wrapped = []
         else:
             model = base_model() if number else model               # each class starts from the base
@@ -412,7 +409,7 @@ def main(argv=None):
         info['parameters'] = dict(trainable=trained, total=total)
 
         lengths = np.minimum(train.lengths[members], args.max_length)                # (N,) tokens of each training text that are used
-        scored = lengths + gpt.ends_here(model, train, members, args.max_length, 'cpu').numpy()                  # and their <|endoftext|>
+        scored = gpt.scored_lengths(model, train, args.max_length)[members]          # with their <|endoftext|>
         epoch_steps = math.ceil(len(members) / step_rows)
         max_steps = math.ceil(args.epochs * epoch_steps) if args.epochs else max(1, round(args.max_steps * len(members) / len(train)))
         lr = args.lr
@@ -456,7 +453,7 @@ def main(argv=None):
                 m = metrics(softmax(logprobs + log_prior), ds.val.y, labels)
                 return (m['accuracy'], -m['nll']), dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
             mine = ds.val.y[val_members] == ds.val.y[val_members[0]]                 # (n,) the class's own rows come first
-            n = np.minimum(val.lengths, args.max_length) + gpt.ends_here(model, val, range(len(val)), args.max_length, 'cpu').numpy()
+            n = gpt.scored_lengths(model, val, args.max_length)
             results = dict(val_loss=-float(logprobs[mine].sum() / n[mine].sum()), val_nats_per_text=-float(logprobs[mine].mean()))
             if mine.all():
                 return (-results['val_loss'],), results
@@ -574,9 +571,7 @@ def main(argv=None):
         info['likelihood_quantiles'] = np.quantile(run.nats_per_token(val, logits), np.linspace(0, 1, 101)).tolist()
     info['results'] = dict(val_accuracy=val_results['accuracy'], val_loss=val_results['nll'], val_loss_uncalibrated=val_results['uncalibrated']['nll'])
     data.write_json(os.path.join(args.out, 'run.json'), info)
-    predictions = [dict(label=labels[c], probs=dict(zip(labels, p.tolist()))) for p, c in zip(probs, pred)]
-    data.write_json(os.path.join(args.out, 'val_preds.json'), predictions)
-    data.write_json(os.path.join(args.out, 'val_labels.json'), [labels[c] for c in ds.val.y])
+    write_predictions(args.out, probs, pred, ds.val.y, labels)
 
     results = run_metrics(run, run.logits(ds.test.texts, progress=True, cache=True), ds.test.y, labels)[0]
     data.write_json(os.path.join(args.out, 'eval_results.json'), results)
