@@ -101,7 +101,7 @@ def ours_gen(args, folder, dtype):
     device, dtype, _ = gpt.pick_device(args.device, dtype)
     tokens = agnews_tokens()
     model = gpt.GPT.load(folder)
-    lora.add_lora(model, 8, 16.0, 0.0, lora.TARGETS.split(','), classes=CLASSES)
+    lora.add_lora(model, 8, 16.0, 0.0, lora.TARGETS.split(','), classes=CLASSES, top=args.top)
     gpt.place(model.requires_grad_(False), device, dtype)
     return rates_of(lambda: gpt.text_logprobs(model, tokens, 128, 'head', device, dtype), len(tokens), 2)
 
@@ -283,6 +283,7 @@ def main(argv=None):
     p.add_argument('--dtype', choices=('bf16', 'fp32'), default='bf16', help='precision of the matrix products')
     p.add_argument('--seed', type=int, default=1, help='of --task curves: the first seed')
     p.add_argument('--base', metavar='DIR', help='of --task curves: this base model, instead of training one')
+    p.add_argument('--top', type=data.positive, metavar='M', help='of --task gen: LoRA in the last M blocks alone')
     p.add_argument('--hf_dtype', choices=('bf16', 'fp32'), help='precision of the Hugging Face side, if it is to differ from --dtype')
     p.add_argument('--json', metavar='FILE', help='write the figures there')
     p.add_argument('--hf_worker', metavar='DIR', help='(used by bench.py itself: run the Hugging Face side on this base and print its figures)')

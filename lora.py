@@ -92,12 +92,15 @@ class Adapter(nn.Module):
 WRAPPER = re.compile(r'\.(base|sub)\.')                             # what wrapping adds to a weight's name
 
 
-def add_lora(model, r, alpha, dropout, targets, rslora=False, classes=0):
+def add_lora(model, r, alpha, dropout, targets, rslora=False, classes=0, top=None):
     """Wrap every Conv1D / nn.Linear of the blocks whose name is, or ends with, one of `targets` (PEFT's rule), or matches it as a regular
     expression if `targets` is a string. Scale alpha / r, or alpha / sqrt(r) with rslora. classes: K updates in one layer, of a
-    model that reads every text K times; 0 = one. -> names wrapped.
+    model that reads every text K times; 0 = one. top: in the last so many blocks alone. -> names wrapped.
     Raises UserError for a target that matches nothing, listing what there is."""
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (Conv1D, nn.Linear)) and n.startswith('h.')}
+    if (top or 0) > model.cfg.n_layer:
+        raise UserError(f'--top {top}: this model has {model.cfg.n_layer} blocks')
+    layers = {f'h.{i}.{n}': m for i, block in enumerate(model.h) if not top or i >= len(model.h) - top
+              for n, m in block.named_modules() if isinstance(m, (Conv1D, nn.Linear))}
     if isinstance(targets, str):
         hits = {targets: [n for n in layers if re.fullmatch(targets, 'transformer.' + n) or re.fullmatch(targets, n)]}
     else:
@@ -111,7 +114,7 @@ def add_lora(model, r, alpha, dropout, targets, rslora=False, classes=0):
     for n in names:
         parent, _, child = n.rpartition('.')
         setattr(model.get_submodule(parent), child, LoRA(layers[n], r, alpha / (math.sqrt(r) if rslora else r), dropout, classes))
-    model.classes = classes
+    model.classes, model.split = classes, min(int(n.split('.')[1]) for n in names)
     return names
 
 
@@ -133,12 +136,12 @@ def add_prompt(model, n, classes=0):
     model.classes = classes
 
 
-def adapt(model, method, last=0, r=8, alpha=16.0, dropout=0.0, targets=TARGETS.split(','), bottleneck=64, prompt=0):
+def adapt(model, method, last=0, r=8, alpha=16.0, dropout=0.0, targets=TARGETS.split(','), bottleneck=64, prompt=0, top=None):
     """Make `model` ready for a method: freeze what is frozen, add what is added. -> names of the wrapped modules."""
     wrapped = []
     model.requires_grad_(method in ('full', 'pretrain', 'prefix'))  # what is added below trains
     if method == 'lora':
-        wrapped = add_lora(model, r, alpha, dropout, targets)
+        wrapped = add_lora(model, r, alpha, dropout, targets, top=top)
     elif method == 'adapter':
         wrapped = add_adapters(model, bottleneck)
     elif method == 'prompt':
@@ -281,7 +284,7 @@ def fill(model, tensors, names, folder, at=None):
 def settle(args, given, needs):
     """Fill in what the flags leave open, after refusing those that would do nothing. given: the names that were typed;
     needs: {name: (the flag without which it does nothing, whether that one is there)}, beyond what both scripts need."""
-    needs = {**dict.fromkeys(('r', 'alpha', 'dropout', 'targets'), ('--lora', args.method == 'lora')),
+    needs = {**dict.fromkeys(('r', 'alpha', 'dropout', 'targets', 'top'), ('--lora', args.method == 'lora')),
              **dict.fromkeys(('n_layer', 'n_head', 'n_embd', 'block_size'), ('--scratch', args.scratch)), **needs}
     for name, (flag, present) in needs.items():
         if name in given and not present:
@@ -468,12 +471,12 @@ class GenRun(Run):
         c, generator = self.labels.index(label), torch.Generator().manual_seed(seed)
         model, context = self.passes[0 if self.model.classes else c]
         ids = [model.end, *context]
-        start = len(ids)
+        start, W = len(ids), model.wte.weight.float()               # (V, C)
         while len(ids) - start < min(max_length, model.cfg.block_size - start):
-            x = torch.tensor([ids] * (model.classes or 1), device=self.device)
+            x = torch.tensor([ids], device=self.device)
             with gpt.autocast(self.device, self.dtype):
                 h = model.hidden(x)[c if model.classes else 0, -1].float()
-            logits = (F.linear(h, model.wte.weight.float()) / temperature).cpu()                             # (V,)
+            logits = (F.linear(h, W) / temperature).cpu()                                   # (V,)
             if top_k:
                 logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -math.inf
             ids.append(int(torch.multinomial(logits.softmax(0), 1, generator=generator)))

@@ -111,59 +111,54 @@ class Block(nn.Module):
 
 
 class NextLogprobs(torch.autograd.Function):
-    """h (M, C), W (V, C), target (M,) -> (M,) log softmax(h W^T)[target], all float32. Neither direction ever holds (M, V): the logits of some
-    positions at a time go through one buffer that stays in the cache, where they become exponentials in place; that is also two times faster.
+    """h (M, C), W (V, C) of one dtype, target (M,) -> (M,) float32 log softmax(h W^T)[target]. Neither direction ever holds (M, V): the logits
+    of some positions at a time go through one buffer that stays in the cache, where they become exponentials in place; that is also faster.
     While W is frozen the gradient of h, W[target] - softmax(h W^T) W, is taken as long as they are there; to train W they are computed again."""
 
     @staticmethod
-    def forward(ctx, h, W, target, reduced):
-        ctx.reduced, ctx.size = reduced, max(1, LOGITS * (1 if h.device.type == 'cpu' else 16) // len(W))
+    def forward(ctx, h, W, target):
+        ctx.size = max(1, LOGITS * (1 if h.device.type == 'cpu' else 16) // len(W))
         now = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        out, grad = torch.empty_like(h[:, 0]), torch.empty_like(h) if now else None
+        out, grad = h.new_empty(len(h), dtype=torch.float32), torch.empty_like(h) if now else None
         for piece, e, own, total in NextLogprobs.pieces(ctx, h, W, target):
             out[piece] = own - total.log()
             if now:
-                grad[piece] = W[target[piece]] - (e @ W) / total[:, None]
+                grad[piece] = W[target[piece]] - (e.to(W.dtype) @ W) / total[:, None]
         ctx.save_for_backward(*([grad] if now else [h, W, target]))
         return out
 
     @staticmethod
     def pieces(ctx, h, W, target):
-        """Yields slice, exp(logits - their largest) (m, V), the target's logit - the largest (m,), the sum of the exponentials (m,)."""
-        buffer = h.new_empty(min(ctx.size, len(h)), len(W))
-        with float32_products(h.device, ctx.reduced):
-            for at in range(0, len(h), ctx.size):
-                piece = slice(at, at + ctx.size)
-                x = torch.mm(h[piece], W.t(), out=buffer[:len(h[piece])])
-                top = x.amax(1, keepdim=True)
-                own = x.gather(1, target[piece, None]) - top
-                e = x.sub_(top).exp_()
-                yield piece, e, own.squeeze(1), e.sum(1)
+        """Yields slice, exp(logits - their largest) (m, V), the target's logit - the largest (m,), the sum of the exponentials (m,), in float32.
+        GPT-2's logits lie near -100, where a product in bfloat16 comes out 0.5 apart. Softmax does not see a shift: with the target's logit
+        subtracted within the product, before it is rounded, the target's error is none and another token's at most 1/256 of its distance."""
+        logits = h.new_empty(min(ctx.size, len(h)), len(W))
+        wide = logits if h.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+        for at in range(0, len(h), ctx.size):
+            piece = slice(at, at + ctx.size)
+            part, aim = h[piece], target[piece, None]
+            shift = (part.float() * W[target[piece]].float()).sum(1, keepdim=True).to(h.dtype)      # rounded: any value near it will do
+            x = torch.addmm(-shift, part, W.t(), out=logits[:len(part)])
+            x = x if wide is logits else wide[:len(part)].copy_(x)
+            top = x.amax(1, keepdim=True)
+            own = x.gather(1, aim) - top
+            e = x.sub_(top).exp_()
+            yield piece, e, own.squeeze(1), e.sum(1)
 
     @staticmethod
     def backward(ctx, g):                                           # g (M,)
         if len(ctx.saved_tensors) == 1:
-            return g[:, None] * ctx.saved_tensors[0], None, None, None
+            grad, = ctx.saved_tensors
+            return g[:, None].to(grad.dtype) * grad, None, None
         h, W, target = ctx.saved_tensors
-        dh, dW = torch.empty_like(h), torch.zeros_like(W)
+        dh, dW = torch.empty_like(h), torch.zeros_like(W, dtype=torch.float32)
         for piece, e, _, total in NextLogprobs.pieces(ctx, h, W, target):
             e.mul_((-g[piece] / total)[:, None])                    # now the gradient of the logits, but for the target's
             e[torch.arange(len(e), device=e.device), target[piece]] += g[piece]
+            e = e.to(h.dtype)
             dh[piece] = e @ W
-            dW.addmm_(e.t(), h[piece])
-        return dh, dW, None, None
-
-
-@contextlib.contextmanager
-def float32_products(device, reduced):
-    """Inside, float32 products may round their factors (not their sums) if reduced: to TF32 on CUDA, to bfloat16 in oneDNN, which is twice as
-    fast as the default library on AMD's CPUs even where it does not. Not for attention: its many small products get slower by it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('highest' if not reduced else 'high' if device.type == 'cuda' else 'medium')
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+            dW = dW.addmm_(e.t(), h[piece]) if e.dtype == dW.dtype else dW.add_(e.t() @ h[piece])
+        return dh, dW.to(W.dtype), None
 
 
 class GPT(nn.Module):
@@ -182,6 +177,7 @@ class GPT(nn.Module):
             self.score = nn.Linear(cfg.n_embd, num_labels, bias=False)
         self.register_parameter('prompt', None)                     # (N, C) learned vectors in front of every text: lora.add_prompt
         self.classes = 0                                            # K: every text is read K times, by the K slices of prompt or LoRA
+        self.split = 0                                              # the first block where the K readings differ; they share those below it
         self.masters = {}                                           # float32 originals of weights that place() stored in half precision
 
     @property
@@ -191,28 +187,37 @@ class GPT(nn.Module):
 
     def trunk(self, ids, lengths=None, of=None):
         """ids (B, T) int64 -> states before the last LayerNorm (B, N + T, C), N = number of prompt vectors (0 without). With lengths (B,),
-        only those of each text's last token, (B, 1, C): the last block then leaves out three quarters of its work. of (B,): which class's prompt
-        stands in front of each text; without it every class's, for ids (K B, T), class by class."""
+        only those of each text's last token, (B, 1, C): the last block then leaves out three quarters of its work. Of a model with K classes
+        (K B, N + T, C), class by class; or with of (B,), which class's prompt stands in front of each text, (B, N + T, C)."""
+        copies = self.classes if of is None else 0
         x = self.wte(ids).float()                                   # (B, T, C); the residual stream is float32 in every precision
+        if copies and self.split == 0:
+            x = x.repeat(copies, 1, 1)
         if self.prompt is not None:
             prompt = self.prompt.expand(len(ids), -1, -1) if not self.classes else (             # (N, C), or of a model with classes (K, N, C)
-                self.prompt[of] if of is not None else self.prompt.repeat_interleave(len(ids) // self.classes, 0))
+                self.prompt[of] if of is not None else self.prompt.repeat_interleave(len(ids), 0))
             x = torch.cat((prompt, x), dim=1)
         assert x.shape[1] <= self.cfg.block_size, 'callers cut texts to the block size'
         last = None if lengths is None else x.shape[1] - ids.shape[1] + lengths - 1     # (B,) the prompt shifts positions
         x = self.drop(x + self.wpe.weight[:x.shape[1]])
-        for block in self.h[:-1]:
-            x = block(x)
-        return self.h[-1](x, last)
+        for i, block in enumerate(self.h):
+            if copies and i == self.split > 0:
+                x = x.repeat(copies, 1, 1)
+            x = block(x, last if i == len(self.h) - 1 else None)
+        return x
 
     def hidden(self, ids, of=None):
-        """ids (B, T) int64, right-padded -> final states (B, T, C), prompt positions left out. States after a text's end are those of pads."""
+        """ids (B, T) int64, right-padded -> final states (B, T, C), prompt positions left out. States after a text's end are those of pads.
+        Of a model with K classes (K B, T, C), class by class, unless `of` (B,) names one for each text."""
         x = self.ln_f(self.trunk(ids, of=of))
         return x[:, x.shape[1] - ids.shape[1]:]
 
     def lm_logits(self, ids):
-        """ids (B, T) int64 -> next-token logits (B, T, V)."""
-        return F.linear(self.hidden(ids), self.wte.weight)
+        """ids (B, T) int64 -> next-token logits (B, T, V), of a model with K classes (K B, T, V), float32 in every precision: they lie near -100, where bfloat16 is 0.5 apart."""
+        h = self.hidden(ids)
+        with torch.autocast(h.device.type, enabled=False):
+            dtype = torch.promote_types(h.dtype, torch.float32)
+            return F.linear(h.to(dtype), self.wte.weight.to(dtype))
 
     def token_logprobs(self, ids, lengths, whole, context=(), first=None, of=None):
         """log p of every token of every text under this language model, in nats.
@@ -233,18 +238,18 @@ class GPT(nn.Module):
         x = torch.cat((start, ids), 1)
         k = self.classes if of is None else 0                       # how often each text is read
         if k:
-            x, target, scored = (t.repeat(k, 1) for t in (x, target, scored))
+            target, scored = (t.repeat(k, 1) for t in (target, scored))
         h = self.hidden(x, of)[:, len(context):]                        # (K B, T + 1, C)
         out = torch.zeros(scored.shape, device=ids.device)
         out[scored] = self.next_logprobs(h[scored], target[scored])
         return out.view(k, B, T + 1) if k else out
 
     def next_logprobs(self, h, target):
-        """h (M, C) final states, target (M,) int64 -> (M,) float32 log softmax(h wte^T)[target]. The projection gives float32 in every
-        precision: GPT-2's logits lie near -100, where bfloat16 is 0.5 apart."""
-        reduced = torch.is_autocast_enabled(h.device.type)
-        with torch.autocast(h.device.type, enabled=False):
-            return NextLogprobs.apply(h.float(), self.wte.weight.float(), target, reduced)
+        """h (M, C) final states, target (M,) int64 -> (M,) float32 log softmax(h wte^T)[target]. The product is one of autocast's precision."""
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        with torch.autocast(kind, enabled=False):
+            return NextLogprobs.apply(h.to(dtype), self.wte.weight.to(dtype), target)
 
     def logprob(self, ids, lengths, whole, context=(), first=None, of=None):
         """log P(text) in nats: the sum of token_logprobs -> (B,) float32, or (B, K) of a model with K classes."""
@@ -258,7 +263,7 @@ class GPT(nn.Module):
             x = torch.cat((torch.tensor([self.end, *context], device=ids.device), ids[b, :n]))[None]         # (1, 1 + P + n)
             start = 1 + len(context) + (int(first[b]) if first is not None else 0)
             y = F.pad(x, (0, 1), value=self.end)[0, start:None if whole[b] else -1]                          # what is scored
-            logits = self.lm_logits(x.repeat(self.classes or 1, 1))[:, start - 1:start - 1 + len(y)].float()
+            logits = self.lm_logits(x)[:, start - 1:start - 1 + len(y)]
             rows.append(torch.stack([-F.cross_entropy(one, y) * len(y) for one in logits]))
         return torch.stack(rows) if self.classes else torch.cat(rows)
 
@@ -543,11 +548,9 @@ def autocast(device, dtype):
 
 def place(model, device, dtype):
     """Move a model to the device. Frozen matrices and embeddings are stored in the compute precision (autocast would cast them in every
-    step); what trains, LayerNorm's few vectors, the prompt and a language model's vocabulary stay float32. The float32 originals of rounded
+    step); what trains, LayerNorm's few vectors and the prompt stay float32. The float32 originals of rounded
     weights are kept in model.masters: they are still mapped from the file, so they cost no memory until they are saved."""
     keep = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()} | {model.prompt}
-    if not hasattr(model, 'score'):
-        keep.add(model.wte.weight)                                  # next_logprobs multiplies by it in float32
     if device.type == 'cuda' and dtype != torch.float32:
         torch.set_float32_matmul_precision('high')                  # TF32 for what autocast leaves in float32
     for name, p in model.named_parameters():

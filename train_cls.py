@@ -55,6 +55,7 @@ def parse(argv):
     p.add_argument('--alpha', type=data.above_zero, default=16.0, help='the update is scaled by alpha / r, with --lora')
     p.add_argument('--dropout', type=data.share, default=0.05, help='share of the inputs of an update dropped in training, with --lora')
     p.add_argument('--targets', default=lora.TARGETS, help='comma-separated names of the layers to update, with --lora')
+    p.add_argument('--top', type=data.positive, metavar='M', help='update the last M blocks alone, with --lora; all of them without it')
     # optimisation
     p.add_argument('--max_steps', type=data.positive, default=800, help='optimizer steps; train_gen.py shares them out among the classes by their rows')
     p.add_argument('--epochs', type=data.above_zero, help='passes over the training rows, instead of --max_steps')
@@ -110,7 +111,7 @@ def main(argv=None):
 
     # --- what trains, where, and how precisely ---
     device, dtype, reason = gpt.pick_device(args.device, args.dtype)
-    wrapped = lora.adapt(model, args.method, args.last, args.r, args.alpha, args.dropout, args.targets, args.bottleneck, args.prompt)
+    wrapped = lora.adapt(model, args.method, args.last, args.r, args.alpha, args.dropout, args.targets, args.bottleneck, args.prompt, args.top)
     model.set_dropout(args.trunk_dropout)
     args.out = args.out or lora.free_folder(args.data, args.method)
     if not saved and any(os.path.exists(os.path.join(args.out, name)) for name in ('run.json', 'resume.pt')):

@@ -83,6 +83,7 @@ def parse(argv):
     p.add_argument('--alpha', type=data.above_zero, default=16.0, help='the update is scaled by alpha / r, with --lora')
     p.add_argument('--dropout', type=data.share, default=0.05, help='share of the inputs of an update dropped in training, with --lora')
     p.add_argument('--targets', default=lora.TARGETS, help='comma-separated names of the layers to update, with --lora')
+    p.add_argument('--top', type=data.positive, metavar='M', help='update the last M blocks alone, with --lora; all of them without it')
     # optimisation
     p.add_argument('--max_steps', type=data.positive, default=800, help='optimizer steps; train_gen.py shares them out among the classes by their rows')
     p.add_argument('--epochs', type=data.above_zero, help='passes over the training rows, instead of --max_steps')
@@ -160,7 +161,7 @@ def inherit(args, given):
             continue
         if name not in given:
             setattr(args, name, value)
-        elif name in ('model', 'scratch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'max_length', 'truncate', 'r', 'alpha', 'targets'):
+        elif name in ('model', 'scratch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'max_length', 'truncate', 'r', 'alpha', 'targets', 'top'):
             mine = getattr(args, name) if name != 'targets' else args.targets.split(',')
             if mine != value:
                 raise UserError(f'--{name} {getattr(args, name)}: the other classes of {args.out} have {value}, and all must be alike')
@@ -340,7 +341,7 @@ def main(argv=None):
     # --- what trains, where, and how precisely ---
     device, dtype, reason = gpt.pick_device(args.device, args.dtype)
     with torch.device('meta'):                                      # --targets that match nothing end the run before it has a folder
-        lora.adapt(GPT(model.cfg), args.method, 0, args.r, args.alpha, args.dropout, args.targets)
+        lora.adapt(GPT(model.cfg), args.method, 0, args.r, args.alpha, args.dropout, args.targets, top=args.top)
     data.make_folder(args.out)
     model.requires_grad_(False)                                     # base_info writes what stays frozen
     if 'base' not in old:
@@ -396,7 +397,7 @@ def main(argv=None):
         else:
             model = base_model() if number else model               # each class starts from the base
             torch.manual_seed(args.seed)                            # as if this class were trained alone
-            wrapped = lora.adapt(model, args.method, 0, args.r, args.alpha, args.dropout, args.targets)
+            wrapped = lora.adapt(model, args.method, 0, args.r, args.alpha, args.dropout, args.targets, top=args.top)
             if args.prefix:                                         # the vectors start as the labels' mean embeddings
                 lora.add_prompt(model, 1, classes=k)
                 model.prompt.data = torch.stack([model.wte.weight.detach()[enc.encode_ordinary(one)].mean(0, keepdim=True) for one in labels])
