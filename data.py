@@ -5,7 +5,7 @@ NAME is sst2, agnews, imdb, sms, demo (synthetic, needs no network), your own FI
 with train.* and perhaps val.* and test.* of these kinds.  Files are looked for in --data_dir or $NANOCLS_DATA, then in the
 cache ($NANOCLS_CACHE, or ~/.cache/nanocls), then downloaded into the cache.  Nothing but the cache is written to.
 """
-import argparse, collections, csv, difflib, glob, hashlib, io, json, os, random, re, sys, tarfile, time, zipfile, zlib
+import argparse, collections, contextlib, csv, difflib, glob, hashlib, io, json, os, random, re, sys, tarfile, time, zipfile, zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,12 +107,19 @@ def make_folder(path):
     except OSError as e:
         raise cannot_write(path, e) from None
 
+WRITES = True  # False in all but one of several processes that train one run: they write nothing but their caches
+
 def write_atomic(path, content):
     """
     Write so that the file is at every moment either the old one or the new one, whole.  content: str, bytes, or a function
     that writes to the binary file it is given.
     """
     path = os.fspath(path)
+    if not (WRITES or path.startswith(cache_dir())):
+        if callable(content):  # what it computes may need this process, too
+            with open(os.devnull, "wb") as f:
+                content(f)
+        return
     temp = f"{path}.{os.getpid()}.tmp"  # in the same folder: os.replace is atomic only inside one file system
     make_folder(os.path.dirname(path))
     try:
@@ -129,6 +136,59 @@ def write_atomic(path, content):
     finally:
         if os.path.exists(temp):
             os.remove(temp)
+
+CLAIMED = {}  # {folder: descriptor} of the folders that this process holds until it ends
+
+def claim(folder):
+    """
+    Make a folder and hold it against all other processes until release, or as long as this one lives, however it ends.
+    UserError when another does.  Temporary files that a killed process has left in it are removed.
+    """
+    make_folder(folder)
+    if WRITES and os.path.realpath(folder) not in CLAIMED:
+        CLAIMED[os.path.realpath(folder)] = lock(folder, 0)
+        for left in glob.glob(os.path.join(glob.escape(folder), "**", "*.tmp"), recursive=True):
+            os.remove(left)
+
+def release(folder):
+    descriptor = CLAIMED.pop(os.path.realpath(folder), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+@contextlib.contextmanager
+def locked(folder, patience=60):
+    """Inside, no other process is inside with the same folder.  UserError after so many seconds of waiting for one."""
+    held = WRITES and os.path.realpath(folder) not in CLAIMED
+    descriptor = lock(folder, patience) if held else None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+def lock(folder, patience):
+    """-> a descriptor that holds the folder until it is closed; None where the system cannot lock folders (Windows, some NFS)."""
+    try:
+        import fcntl
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, PermissionError):
+        return None
+    until, told = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(descriptor)
+                raise UserError(f"{folder} is in use by another process; wait for its end, or choose another folder") from None
+            if not told:
+                print(f"waiting for another process that writes to {folder}", file=sys.stderr)
+            told = True
+            time.sleep(0.05)
+        except OSError:
+            os.close(descriptor)
+            return None
 
 def write_json(path, obj):
     write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False) + "\n")
@@ -176,7 +236,14 @@ def find(rel, data_dir=None):
             return hits[0]
     return None
 
-def download(urls, dest, size=None, sha256=None, md5=None, member=None):
+def download(urls, dest, **checks):
+    """fetch_whole, by one process at a time: what another one has brought meanwhile is taken."""
+    make_folder(os.path.dirname(dest))
+    before = os.path.exists(dest)
+    with locked(os.path.dirname(dest), patience=3600):
+        return dest if os.path.exists(dest) > before else fetch_whole(urls, dest, **checks)
+
+def fetch_whole(urls, dest, size=None, sha256=None, md5=None, member=None):
     """
     Download to dest and return dest.  The addresses are tried in order.  A connection that breaks is taken up again where it
     stopped, in this run or the next (dest.part).  Size in bytes and checksum decide whether the file is accepted; with
@@ -184,7 +251,6 @@ def download(urls, dest, size=None, sha256=None, md5=None, member=None):
     """
     part, failures = dest + ".part", []
     part_size = lambda: os.path.getsize(part) if os.path.exists(part) else 0
-    make_folder(os.path.dirname(dest))
     try:
         for url in urls:
             have, resumed = -1, part_size() > 0

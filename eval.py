@@ -464,4 +464,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if "RANK" in os.environ:                                                # under torchrun; else torch is imported when it is needed
+        import model as gpt
+
+        main = gpt.under_torchrun(main)
     data.cli(main)

@@ -7,11 +7,13 @@ import json
 import math
 import mmap
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -272,7 +274,9 @@ class GPT(nn.Module):
         never by looking for pad ids, so the logits of a text do not depend on what it was padded with or how far."""
         return self.score(self.ln_f(self.trunk(ids, lengths).squeeze(1)))
 
-    forward = classify
+    def forward(self, ids, lengths, read='classify', **more):
+        """One of the methods above by its name: DistributedDataParallel prepares its exchange in forward, so the training loop goes through it."""
+        return getattr(self, read)(ids, lengths, **more)
 
     def set_dropout(self, p):
         """GPT-2's own dropout (embedding, attention, residual), share of values dropped in training."""
@@ -521,6 +525,8 @@ def pick_device(device='auto', dtype='auto'):
     """-> (torch.device, torch.dtype of the matrix products, the reason in words). Raises UserError for what this machine cannot do."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device == 'cuda' and ranks() > 1:
+        device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
@@ -592,7 +598,8 @@ def in_batches(fn, model, tokens, max_length, truncate, device, dtype, batch_tok
     at a time as fit `batch_tokens` padded tokens, each `copies` times. The model is in evaluation mode meanwhile."""
     batch_tokens = batch_tokens or (512 if device.type == 'cpu' else 65536)    # a CPU's cache; what fills a GPU
     lengths = np.minimum(tokens.lengths, max_length)
-    order = np.argsort(-lengths, kind='stable')
+    whole = np.argsort(-lengths, kind='stable')
+    order = whole[rank()::ranks()]                                  # this process's texts
     was_training = model.training
     model.eval()
     parts, at = [], 0
@@ -602,12 +609,17 @@ def in_batches(fn, model, tokens, max_length, truncate, device, dtype, batch_tok
         with autocast(device, dtype):
             parts.append(fn(ids, n, index).float())
         at += len(index)
-        if progress and sys.stderr.isatty():
+        if progress and rank() == 0 and sys.stderr.isatty():
             print(f'\r{at:,} of {len(order):,} texts ', end='\n' if at == len(order) else '', file=sys.stderr, flush=True)
     model.train(was_training)
-    logits = torch.cat(parts).cpu().numpy()
-    out = np.empty_like(logits)
-    out[order] = logits
+    found = [torch.cat(parts).cpu().numpy() if parts else None]
+    if ranks() > 1:
+        found = [None] * ranks()
+        torch.distributed.all_gather_object(found, torch.cat(parts).cpu().numpy() if parts else None)
+    out = np.empty((len(whole), found[0].shape[1]), np.float32)
+    for i, logits in enumerate(found):
+        if logits is not None:
+            out[whole[i::ranks()]] = logits
     return out
 
 
@@ -650,16 +662,117 @@ def scored_lengths(model, tokens, max_length):
     return np.minimum(tokens.lengths, max_length) + ends_here(model, tokens, range(len(tokens)), max_length, 'cpu').numpy()
 
 
+# -------------------------------------------------------------------------------------------------- several processes
+
+def under_torchrun(main):
+    """main, run as one of the processes that torchrun started, if it did: they share out each batch and each evaluation (gloo on CPUs, nccl
+    between GPUs). Only rank 0 prints and writes. One that dies ends the others: their next exchange fails, and torchrun stops them."""
+    def run():
+        if not {'RANK', 'WORLD_SIZE', 'MASTER_ADDR'} <= set(os.environ):
+            return main()
+        gpu = torch.cuda.is_available() and torch.cuda.device_count() > int(os.environ.get('LOCAL_RANK', 0))
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo')
+        data.WRITES = rank() == 0
+        if rank():
+            sys.stdout = open(os.devnull, 'w')
+        try:
+            code = main()
+        except UserError:
+            if rank():                                              # most mistakes are everyone's, and rank 0 says them
+                time.sleep(3)
+            raise
+        except RuntimeError as e:
+            if not re.search('gloo|nccl|connection (closed|reset)', str(e), re.I):
+                raise
+            raise UserError(f'rank {rank()} has lost another process of this run, whose own error says why ({str(e).splitlines()[0][:200]})') from None
+        meet()                                                      # none leaves before all are done
+        torch.distributed.destroy_process_group()
+        return code
+    return run
+
+
+def ranks():
+    """How many processes share this run."""
+    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+
+
+def rank():
+    """The number of this process among them; 0 is the first, which prints and writes."""
+    return torch.distributed.get_rank() if ranks() > 1 else 0
+
+
+def across_ranks(t):
+    """A tensor -> the sum of all ranks' tensors. They meet on the CPU, so that none waits for its GPU who has not to."""
+    if ranks() > 1:
+        t = t.cpu()
+        torch.distributed.all_reduce(t)
+    return t
+
+
+def meet():
+    """Wait until all ranks are here: what rank 0 has written is there for the others."""
+    across_ranks(torch.zeros(1))
+
+
+def any_rank(flag):
+    """Is it true of any rank? Then all of them stop at the same step."""
+    return bool(flag) if ranks() == 1 else bool(across_ranks(torch.tensor([float(bool(flag))])))
+
+
+def from_rank_zero(fn):
+    """fn(), computed by rank 0 alone, in all ranks; after it they are at the same place."""
+    if ranks() == 1:
+        return fn()
+    box = [fn() if rank() == 0 else None]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+@contextlib.contextmanager
+def first_of_machine():
+    """Inside is first one process of each machine, then the others, which find what that one has downloaded."""
+    waits = ranks() > 1 and os.environ.get('LOCAL_RANK', '0') != '0'
+    if waits:
+        meet()
+    yield
+    if not waits:
+        meet()
+
+
+def wrap(model):
+    """What the training loop calls: the model, or its DistributedDataParallel, which averages the ranks' gradients as they come."""
+    if ranks() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, device_ids=[model.wte.weight.device] if model.wte.weight.device.type == 'cuda' else None)
+
+
+def exchange(net, last):
+    """The context of a backward pass: ranks exchange their gradients in the last one of a step."""
+    return contextlib.nullcontext() if last or ranks() == 1 else net.no_sync()
+
+
+def share_of(rows):
+    """The rows (sorted by length) of a step -> this rank's, and what their loss counts: DistributedDataParallel averages over the ranks, and
+    the step is a sum. A rank that would have none takes one that counts nothing, since all must meet in the backward pass."""
+    mine = rows[rank()::ranks()]
+    return (mine, float(ranks())) if len(mine) else (rows[:1], 0.0)
+
+
 # ------------------------------------------------------------------------------------------- what a training run keeps
 
 @contextlib.contextmanager
 def finish_step_on_interrupt():
-    """Ctrl-C or SIGTERM inside: the list it gives becomes true, and the loop ends after the step it is in. A second Ctrl-C ends at once."""
+    """Ctrl-C or SIGTERM inside: the list it gives becomes true, and the loop ends after the step it is in. A second Ctrl-C ends at once;
+    not under torchrun, which passes on each signal that its processes have seen already."""
     caught = []
 
     def note(signum, frame):
-        if caught:
+        if caught and ranks() == 1:
             raise KeyboardInterrupt
+        if caught:
+            return
         caught.append(signum)
         print('\ninterrupted: finishing this step, then saving (once more to end at once without saving)', file=sys.stderr)
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -670,11 +783,39 @@ def finish_step_on_interrupt():
             signal.signal(s, handler)
 
 
+@contextlib.contextmanager
+def advice_on_memory(args):
+    """Inside, out of memory is a UserError that names the batch size to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if not isinstance(e, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(e):
+            raise
+        smaller = (f'--batch_size {args.batch_size // 2} --grad_accum {2 * args.grad_accum}, which take the same steps' if args.batch_size > 1
+                   else 'a smaller --max_length')
+        raise UserError(f'out of memory at --batch_size {args.batch_size} and --max_length {args.max_length}: try {smaller}') from None
+
+
+def mean_finite(losses, step, plan_of, lr, out):
+    """Mean of the losses (tensors of one value) of the steps up to `step`, all ranks' shares added. Raises UserError if one is not finite, with
+    the rows of that step, plan_of(step) -> (rows,): a single text can do it."""
+    values = across_ranks(torch.stack(losses).detach().double()).tolist()
+    for i, value in enumerate(values):
+        if not math.isfinite(value):
+            bad = step - len(values) + i + 1
+            rows = np.sort(plan_of(bad)).tolist()
+            raise UserError(f'the loss or its gradient is not finite ({value}) at step {bad}, made of the training rows {", ".join(map(str, rows[:32]))}'
+                            f'{", ..." if len(rows) > 32 else ""} (0 is the first): try a smaller --lr than {lr:g}, or --dtype fp32, or look at these '
+                            f'texts; {out} keeps the last checkpoint, and --resume goes on from it')
+    return sum(values) / len(values)
+
+
 def save_resume(out, args, step, best, params, opt, scaler):
-    """Write out/resume.pt: all that the rest of the run depends on, in types that weights_only loads. Batches are a pure function of seed
-    and step, and the best weights lie in the run folder already."""
-    state = dict(args=dict(vars(args)), step=step, best=best, params={n: p.detach() for n, p in params.items()}, opt=opt.state_dict(),
-                 scaler=scaler.state_dict(), rng=torch.get_rng_state(), cuda_rng=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+    """Write out/resume.pt: all that the rest of the run depends on, in types that weights_only loads. Batches and dropout are pure functions of
+    seed and step, and the best weights lie in the run folder already. Before the first step there is nothing yet but the flags."""
+    state = dict(args=dict(vars(args)), step=step, best=best)
+    if step:
+        state.update(params={n: p.detach() for n, p in params.items()}, opt=opt.state_dict(), scaler=scaler.state_dict())
     data.write_atomic(os.path.join(out, 'resume.pt'), lambda f: torch.save(state, f))
 
 
@@ -691,15 +832,18 @@ def load_resume(out):
 
 def restore(saved, params, opt, scaler):
     """Put a saved state back -> (steps done, best score so far)."""
-    with torch.no_grad():
-        for n, p in params.items():
-            p.copy_(saved['params'][n])
-    opt.load_state_dict(saved['opt'])
-    scaler.load_state_dict(saved['scaler'])
-    torch.set_rng_state(saved['rng'])
-    if saved['cuda_rng']:
-        torch.cuda.set_rng_state_all(saved['cuda_rng'])
+    if saved['step']:
+        with torch.no_grad():
+            for n, p in params.items():
+                p.copy_(saved['params'][n])
+        opt.load_state_dict(saved['opt'])
+        scaler.load_state_dict(saved['scaler'])
     return saved['step'], saved['best']
+
+
+def seed_step(seed, step):
+    """Dropout of a step is a pure function of seed, step and rank, so that a run that is resumed goes on as if it had never stopped."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f'{seed} {step} {rank()}'.encode()).digest()[:7], 'little'))
 
 
 class Log:
@@ -709,14 +853,17 @@ class Log:
         self.extra = extra or {}                                    # what every line says besides
         self.path, self.max_steps, self.tty = os.path.join(out, 'log.jsonl'), max_steps, sys.stdout.isatty()
         lines = []
-        if resumed_at:                                              # lines of steps that will be done again are dropped
+        if resumed_at and data.WRITES:                                              # lines of steps that will be done again are dropped
             with open(self.path, encoding='utf-8') as f:
                 lines = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= resumed_at]
         data.write_atomic(self.path, ''.join(lines))
 
     def __call__(self, seconds_per_step=0.0, **record):
-        with open(self.path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps({**record, **self.extra}) + '\n')
+        try:
+            with open(self.path if data.WRITES else os.devnull, 'a', encoding='utf-8') as f:
+                f.write(json.dumps({**record, **self.extra}) + '\n')
+        except OSError as e:
+            raise data.cannot_write(self.path, e) from None
         text = f'step {record["step"]}/{self.max_steps}  '
         if 'loss' in record:
             left = (self.max_steps - record['step']) * seconds_per_step
@@ -743,7 +890,8 @@ def nano_folder():
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_gen.py')
         flags = '--pretrain --data demo --model nano --scratch --max_steps 1600 --batch_size 16 --lr 3e-3 --schedule cosine --seed 0 --log_every 400'
         command = [sys.executable, script, *flags.split(), '--eval_every', '1600', '--out', os.path.join(made, 'nano')]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as p:
+        alone = {name: v for name, v in os.environ.items() if name not in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR')}      # not one of torchrun's
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone) as p:
             for line in p.stdout:
                 if line.startswith('step'):
                     print(f'nano: {line}', end='', flush=True)

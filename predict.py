@@ -15,6 +15,7 @@ import data     # first: its excepthook covers the seconds that torch takes to i
 import numpy as np
 
 import lora
+import model as gpt
 from data import UserError
 from eval import softmax
 
@@ -203,4 +204,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    data.cli(main)
+    data.cli(gpt.under_torchrun(main))

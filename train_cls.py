@@ -98,7 +98,8 @@ def main(argv=None):
         ds = data.load(args.data, args.seed, args.data_dir, args.val, args.test, args.text_col, args.label_col, args.max_samples, args.balance)
         model = gpt.build_model(args, len(ds.labels))
         return ds, model, data.tokenizer(lora.tokenizer_name(model), args.data_dir)
-    ds, model, enc = lora.or_demo(get, args, given, saved)
+    with gpt.first_of_machine():
+        ds, model, enc = lora.or_demo(get, args, given, saved)
     if args.quick:
         ds.val, ds.test = (data.cap(split, 100, args.seed) for split in (ds.val, ds.test))
     room = model.cfg.block_size - (args.prompt or 0)
@@ -113,13 +114,18 @@ def main(argv=None):
     device, dtype, reason = gpt.pick_device(args.device, args.dtype)
     wrapped = lora.adapt(model, args.method, args.last, args.r, args.alpha, args.dropout, args.targets, args.bottleneck, args.prompt, args.top)
     model.set_dropout(args.trunk_dropout)
-    args.out = args.out or lora.free_folder(args.data, args.method)
-    if not saved and any(os.path.exists(os.path.join(args.out, name)) for name in ('run.json', 'resume.pt')):
-        raise UserError(f'--out {args.out} already holds a run; name another folder, remove that one, or go on with it (--resume)')
-    data.make_folder(args.out)
+    args.out = gpt.from_rank_zero(lambda: args.out or lora.free_folder(args.data, args.method))
+
+    def begin():
+        """Make the run folder this process's -> what run.json says of the base model."""
+        data.claim(args.out)
+        if not saved and any(os.path.exists(os.path.join(args.out, name)) for name in ('run.json', 'resume.pt')):
+            raise UserError(f'--out {args.out} already holds a run; name another folder, remove that one, or go on with it (--resume)')
+        return lora.base_info(args, args.out, model)
+    base = gpt.from_rank_zero(begin)
     trained, total = lora.count(model)
     info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed, labels=ds.labels,
-                base=lora.base_info(args, args.out, model), rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')},
+                base=base, rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')},
                 args=vars(args), parameters=dict(trainable=trained, total=total),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     gpt.place(model, device, dtype)
@@ -153,8 +159,13 @@ def main(argv=None):
         """Sum of the rows' losses, weighted by class; index (B,) rows of the training split."""
         ids, n = data.collate(train, index, args.max_length, args.truncate, model.end, device)
         with gpt.autocast(device, dtype):
-            logits = model(ids, n)                                   # (B, K)
+            logits = net(ids, n)                                     # (B, K)
         return F.cross_entropy(logits.float(), y[index], weight=weights, reduction='sum')
+
+    def rows_of_step(number):
+        """The rows of a step, 1 is the first."""
+        epoch, at = divmod(number - 1, epoch_steps)
+        return data.batches(lengths, step_rows, args.seed, epoch)[at]
 
     def weight_of(index):
         """What the loss of a step is divided by: its rows, or their class weights. A step cut into ragged parts equals the whole."""
@@ -174,45 +185,49 @@ def main(argv=None):
     def keep(step, best):
         gpt.save_resume(args.out, args, step, best, params, opt, scaler)
 
-    params = lora.trainables(model)
+    params, net = lora.trainables(model), gpt.wrap(model)
     opt = gpt.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best = gpt.restore(saved, params, opt, scaler) if saved else (0, None)
     log = gpt.Log(args.out, max_steps, resumed_at=step)
+    if not saved:
+        keep(0, None)                                               # from here on --resume goes on
 
     # --- loop ---
     model.train()
-    plan, steps_done, loss_sum, real, padded, rows_done, since = None, 0, 0.0, 0, 0, 0, time.perf_counter()    # since the last log line
-    with gpt.finish_step_on_interrupt() as interrupted:
-        while step < max_steps and not interrupted:
+    plan, losses, real, padded, rows_done, since = None, [], 0, 0, 0, time.perf_counter()                 # since the last log line
+    with gpt.advice_on_memory(args), gpt.finish_step_on_interrupt() as interrupted:
+        while step < max_steps and not gpt.any_rank(interrupted):
             epoch, at = divmod(step, epoch_steps)
             if at == 0 or plan is None:
                 plan = data.batches(lengths, step_rows, args.seed, epoch)           # the rows of each step of this epoch
             rows, rate = plan[at], gpt.lr_at(step, max_steps, lr, args.warmup, args.schedule)
             for group in opt.param_groups:
                 group['lr'] = rate
-            weight = weight_of(rows)
-            for part in np.array_split(rows[np.argsort(lengths[rows])], min(args.grad_accum, len(rows))):
-                loss = loss_of(part) / weight
-                scaler.scale(loss).backward()
-                loss_sum += loss.detach()                                           # a tensor: reading it here would wait for the GPU
+            gpt.seed_step(args.seed, step)
+            weight, loss = weight_of(rows), 0.0
+            mine, counts = gpt.share_of(rows[np.argsort(lengths[rows])])
+            parts = np.array_split(mine, min(args.grad_accum, len(mine)))
+            for part in parts:
+                with gpt.exchange(net, last=part is parts[-1]):
+                    part_loss = loss_of(part) * (counts / weight)
+                    scaler.scale(part_loss).backward()
+                loss = loss + part_loss.detach()                                    # a tensor: reading it here would wait for the GPU
                 real, padded = real + int(lengths[part].sum()), padded + len(part) * int(lengths[part].max())
-            if args.clip:
-                scaler.unscale_(opt)
-                torch.nn.utils.clip_grad_norm_(params.values(), args.clip)
+            scaler.unscale_(opt)
+            norm = torch.nn.utils.clip_grad_norm_(params.values(), args.clip or math.inf)
+            losses.append(loss / gpt.ranks() + (0.0 if scaler.is_enabled() else 0.0 * norm))        # not finite if either is not
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
-            step, steps_done, rows_done = step + 1, steps_done + 1, rows_done + len(rows)
+            step, rows_done = step + 1, rows_done + len(rows)
             at_evaluation = step % eval_every == 0 or step == max_steps
             if step % args.log_every == 0 or at_evaluation:
-                seconds, mean_loss = time.perf_counter() - since, float(loss_sum) / steps_done
-                if not math.isfinite(mean_loss):
-                    raise UserError(f'the loss is {mean_loss} at step {step}: try a smaller --lr than {lr:g}, or --dtype fp32' +
-                                    (f'; {args.out} keeps the best weights so far' if best else ''))
-                log(seconds / steps_done, step=step, loss=mean_loss, lr=rate, examples_per_s=rows_done / seconds, tokens_per_s=real / seconds,
+                mean_loss, seconds = gpt.mean_finite(losses, step, rows_of_step, lr, args.out), time.perf_counter() - since
+                real, padded = gpt.across_ranks(torch.tensor([real, padded])).tolist()
+                log(seconds / len(losses), step=step, loss=mean_loss, lr=rate, examples_per_s=rows_done / seconds, tokens_per_s=real / seconds,
                     pad_share=1 - real / padded)
-                steps_done, loss_sum, real, padded, rows_done, since = 0, 0.0, 0, 0, 0, time.perf_counter()
+                losses, real, padded, rows_done, since = [], 0, 0, 0, time.perf_counter()
             if at_evaluation:
                 score, results = evaluate()
                 log(step=step, **results)
@@ -221,6 +236,8 @@ def main(argv=None):
                     save_best(dict(step=step, **results))
                 keep(step, best)
                 since = time.perf_counter()                                         # the speeds logged are those of training alone
+        if losses:
+            gpt.mean_finite(losses, step, rows_of_step, lr, args.out)               # what is kept now is sound
     # --- loop ---
     if step < max_steps:
         keep(step, best)
@@ -228,16 +245,18 @@ def main(argv=None):
         return 130
 
     # --- the final test, on what was saved, opened as predict.py opens it ---
-    model = opt = params = None                                     # their memory is needed for the run as it is opened
+    model = net = opt = params = None                               # their memory is needed for the run as it is opened
+    gpt.meet()
     run = lora.open_run(args.out, args.device, args.dtype)
     probs = softmax(run.logits(ds.test.texts, progress=True, cache=True))
     results = metrics(probs, ds.test.y, ds.labels)
     data.write_json(os.path.join(args.out, 'eval_results.json'), results)
-    os.remove(os.path.join(args.out, 'resume.pt'))
+    if data.WRITES:
+        os.remove(os.path.join(args.out, 'resume.pt'))
     print(f'\nbest on validation: accuracy {best[0]:.4f}; test ({args.data}, {len(ds.test.y)} rows):\n{report(results, ds.labels)}')
     example = re.sub(r'[^\w\s.,-]', '', ds.test.texts[0][:60])                       # safe between a shell's quotes
     print(f'\nsaved in {args.out}; try:\n  python predict.py {args.out} "{example}"\n  python eval.py {args.out}')
 
 
 if __name__ == '__main__':
-    data.cli(main)
+    data.cli(gpt.under_torchrun(main))

@@ -265,8 +265,10 @@ def fit_calibration(logprobs, log_prior, y):
 
 def main(argv=None):
     args, given, saved = parse(argv)
-    for left in glob.glob(os.path.join(glob.escape(args.out or os.devnull), '*.done')):       # killed while a phase's weights were put in place
-        promote(left, args.out)
+    if args.out and os.path.isdir(args.out) and data.WRITES:
+        with data.locked(args.out):
+            for left in glob.glob(os.path.join(glob.escape(args.out), '*.done')):             # killed while a phase's weights were put in place
+                promote(left, args.out)
 
     # --- data and base model; a first run that can have neither falls back to the demo ---
     def base_model():
@@ -285,7 +287,8 @@ def main(argv=None):
             ds = data.load(args.data, **flags)
         model = base_model()
         return ds, model, data.tokenizer(lora.tokenizer_name(model), args.data_dir)
-    ds, model, enc = lora.or_demo(get, args, given, saved or args.class_id is not None)
+    with gpt.first_of_machine():
+        ds, model, enc = lora.or_demo(get, args, given, saved or args.class_id is not None)
     if args.quick:
         ds.val, ds.test = (data.cap(split, 100, args.seed) for split in (ds.val, ds.test))
     labels, k = ds.labels, len(ds.labels)
@@ -302,12 +305,18 @@ def main(argv=None):
     train = data.tokenize(enc, ds.train.texts)
 
     # --- the run folder: a new one, an interrupted one, or a finished one that gets a class ---
-    args.out = args.out or lora.free_folder(args.data, 'pretrain' if args.pretrain else f'gen-{args.method}')
-    there = [name for name in ('run.json', 'resume.pt') if os.path.exists(os.path.join(args.out, name))]
-    if there and not saved and args.class_id is None:
-        raise UserError(f'--out {args.out} already holds a run; name another folder, remove that one, go on with it (--resume), '
-                        'or train one of its classes (--class_id)')
-    old = lora.read_run(args.out) if 'run.json' in there and not args.pretrain else dict(labels=[], folders={})
+    args.out = gpt.from_rank_zero(lambda: args.out or lora.free_folder(args.data, 'pretrain' if args.pretrain else f'gen-{args.method}'))
+
+    def begin():
+        """-> run.json of the run that is there, or that of none."""
+        if args.pretrain:
+            data.claim(args.out)
+        there = [name for name in ('run.json', 'resume.pt') if os.path.exists(os.path.join(args.out, name))]
+        if there and not saved and args.class_id is None:
+            raise UserError(f'--out {args.out} already holds a run; name another folder, remove that one, go on with it (--resume), '
+                            'or train one of its classes (--class_id)')
+        return lora.read_run(args.out) if 'run.json' in there and not args.pretrain else dict(labels=[], folders={})
+    old = gpt.from_rank_zero(begin)
     lost = [label for label in old['labels'] if label not in labels]
     if lost:
         raise UserError(f'{args.data} has no rows of the class {lost[0]!r}, which {args.out} has; --data must hold all classes of the run')
@@ -346,7 +355,7 @@ def main(argv=None):
     model.requires_grad_(False)                                     # base_info writes what stays frozen
     if 'base' not in old:
         info = dict(kind='lm' if args.pretrain else 'gen', method=args.method, model=args.model, data=args.data, seed=args.seed,
-                    labels=[] if args.pretrain else labels, base=lora.base_info(args, args.out, model), folders=folders)
+                    labels=[] if args.pretrain else labels, base=gpt.from_rank_zero(lambda: lora.base_info(args, args.out, model)), folders=folders)
     else:
         info = {**old, 'labels': labels, 'folders': folders, 'data': args.data}
         if args.method != 'prefix':                                 # whose base changes as it trains
@@ -381,6 +390,7 @@ def main(argv=None):
     for number, (kind, label) in enumerate(phases):
         # --- one phase: a class, or all classes together, or the unlabelled texts ---
         work = work_of(kind, label)
+        data.claim(work)
         classes = [label] if kind == 'class' else labels            # whose weights this phase makes
         members = np.flatnonzero(ds.train.y == labels.index(label)) if kind == 'class' else np.arange(len(ds.train.y))
         val_members = np.arange(len(ds.val.y))
@@ -428,12 +438,17 @@ def main(argv=None):
             ids, n = data.collate(train, rows, args.max_length, args.truncate, model.end, device)
             whole = gpt.ends_here(model, train, rows, args.max_length, device)
             with gpt.autocast(device, dtype):
-                if kind != 'posterior':
-                    return -model.logprob(ids, n, whole, of=y[rows] if kind == 'prefix' else None).sum()
-                logprobs = model.logprob(ids, n, whole)                              # (B, K)
+                logprobs = net(ids, n, 'logprob', whole=whole, of=y[rows] if kind == 'prefix' else None)     # (B,), of the posterior (B, K)
+            if kind != 'posterior':
+                return -logprobs.sum()
             own = logprobs.gather(1, y[rows, None]).squeeze(1) / (n + whole)         # (B,) nats per token
             share = args.likelihood_share
             return (1 - share) * F.cross_entropy(logprobs + y_prior, y[rows], reduction='sum') - share * own.sum()
+
+        def rows_of_step(number):
+            """The training rows of a step, 1 is the first."""
+            epoch, at = divmod(number - 1, epoch_steps)
+            return members[data.batches(lengths, step_rows, args.seed, epoch)[at]]
 
         def weight_of(index):
             """What the loss of a step is divided by: its tokens, of the posterior its rows. A step cut into ragged parts equals the whole."""
@@ -487,45 +502,49 @@ def main(argv=None):
             gpt.save_resume(work, args, step, best, params, opt, scaler)
 
         base_logprobs = val_logprobs() if kind == 'class' and len(val) else None     # before its first step a class is the base
-        params = lora.trainables(model)
+        params, net = lora.trainables(model), gpt.wrap(model)
         opt = gpt.make_optimizer(model, lr, args.weight_decay)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         step, best = gpt.restore(saved, params, opt, scaler) if saved and saved['work'] and os.path.normpath(work) == resumed else (0, None)
         log = gpt.Log(work, max_steps, step, {} if kind == 'pretrain' else {'class': what})
+        if not step:
+            keep(0, None)                                           # from here on --resume goes on
 
         # --- loop ---
         model.train()
-        plan, steps_done, loss_sum, real, padded, rows_done, since = None, 0, 0.0, 0, 0, 0, time.perf_counter()    # since the last log line
-        with gpt.finish_step_on_interrupt() as interrupted:
-            while step < max_steps and not interrupted:
+        plan, losses, real, padded, rows_done, since = None, [], 0, 0, 0, time.perf_counter()                 # since the last log line
+        with gpt.advice_on_memory(args), gpt.finish_step_on_interrupt() as interrupted:
+            while step < max_steps and not gpt.any_rank(interrupted):
                 epoch, at = divmod(step, epoch_steps)
                 if at == 0 or plan is None:
                     plan = data.batches(lengths, step_rows, args.seed, epoch)           # the rows of each step of this epoch
                 rows, rate = plan[at], gpt.lr_at(step, max_steps, lr, args.warmup, args.schedule)
                 for group in opt.param_groups:
                     group['lr'] = rate
-                weight = weight_of(rows)
-                for part in np.array_split(rows[np.argsort(lengths[rows])], min(args.grad_accum, len(rows))):
-                    loss = loss_of(part) / weight
-                    scaler.scale(loss).backward()
-                    loss_sum += loss.detach()                                           # a tensor: reading it here would wait for the GPU
+                gpt.seed_step(args.seed, step)
+                weight, loss = weight_of(rows), 0.0
+                mine, counts = gpt.share_of(rows[np.argsort(lengths[rows])])
+                parts = np.array_split(mine, min(args.grad_accum, len(mine)))
+                for part in parts:
+                    with gpt.exchange(net, last=part is parts[-1]):
+                        part_loss = loss_of(part) * (counts / weight)
+                        scaler.scale(part_loss).backward()
+                    loss = loss + part_loss.detach()                                    # a tensor: reading it here would wait for the GPU
                     real, padded = real + int(lengths[part].sum()), padded + len(part) * int(lengths[part].max())
-                if args.clip:
-                    scaler.unscale_(opt)
-                    torch.nn.utils.clip_grad_norm_(params.values(), args.clip)
+                scaler.unscale_(opt)
+                norm = torch.nn.utils.clip_grad_norm_(params.values(), args.clip or math.inf)
+                losses.append(loss / gpt.ranks() + (0.0 if scaler.is_enabled() else 0.0 * norm))        # not finite if either is not
                 scaler.step(opt)
                 scaler.update()
                 opt.zero_grad(set_to_none=True)
-                step, steps_done, rows_done = step + 1, steps_done + 1, rows_done + len(rows)
+                step, rows_done = step + 1, rows_done + len(rows)
                 at_evaluation = step % eval_every == 0 or step == max_steps
                 if step % args.log_every == 0 or at_evaluation:
-                    seconds, mean_loss = time.perf_counter() - since, float(loss_sum) / steps_done
-                    if not math.isfinite(mean_loss):
-                        raise UserError(f'the loss is {mean_loss} at step {step}: try a smaller --lr than {lr:g}, or --dtype fp32' +
-                                        (f'; {args.out} keeps the best weights so far' if best else ''))
-                    log(seconds / steps_done, step=step, loss=mean_loss, lr=rate, examples_per_s=rows_done / seconds, tokens_per_s=real / seconds,
+                    mean_loss, seconds = gpt.mean_finite(losses, step, rows_of_step, lr, args.out), time.perf_counter() - since
+                    real, padded = gpt.across_ranks(torch.tensor([real, padded])).tolist()
+                    log(seconds / len(losses), step=step, loss=mean_loss, lr=rate, examples_per_s=rows_done / seconds, tokens_per_s=real / seconds,
                         pad_share=1 - real / padded)
-                    steps_done, loss_sum, real, padded, rows_done, since = 0, 0.0, 0, 0, 0, time.perf_counter()
+                    losses, real, padded, rows_done, since = [], 0, 0, 0, time.perf_counter()
                 if at_evaluation:
                     score, results = evaluate()
                     log(step=step, **results)
@@ -534,20 +553,25 @@ def main(argv=None):
                         save_best(dict(step=step, **results))
                     keep(step, best)
                     since = time.perf_counter()                                         # the speeds logged are those of training alone
+            if losses:
+                gpt.mean_finite(losses, step, rows_of_step, lr, args.out)               # what is kept now is sound
         # --- loop ---
         if step < max_steps:
             keep(step, best)
             print(f'\ninterrupted after step {step} of {max_steps}; go on with: python train_gen.py --resume --out {args.out}', file=sys.stderr)
             return 130
-        if kind == 'pretrain':
+        if data.WRITES and kind == 'pretrain':
             os.remove(os.path.join(work, 'resume.pt'))
-        else:
+        elif data.WRITES:
             done_folder = re.sub(r'part$', 'done', work)
-            os.rename(work, done_folder)
-            promote(done_folder, args.out)
+            with data.locked(args.out):
+                os.rename(work, done_folder)
+                promote(done_folder, args.out)
+            data.release(work)
+        gpt.meet()                                                  # the other ranks find it in place
 
     # --- calibration on the validation rows and the final test, on what was saved, opened as predict.py opens it ---
-    model = opt = params = None                                     # their memory is needed for the run as it is opened
+    model = net = opt = params = None                                     # their memory is needed for the run as it is opened
     if args.pretrain:
         print(f'\nbest on validation: {-best[0]:.4f} nats per token; saved in {args.out}; try:\n  python train_cls.py --model {args.out} --data ...')
         return
@@ -583,4 +607,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    data.cli(main)
+    data.cli(gpt.under_torchrun(main))
