@@ -670,26 +670,32 @@ def under_torchrun(main):
     def run():
         if not {'RANK', 'WORLD_SIZE', 'MASTER_ADDR'} <= set(os.environ):
             return main()
-        gpu = torch.cuda.is_available() and torch.cuda.device_count() > int(os.environ.get('LOCAL_RANK', 0))
+        here = int(os.environ.get('LOCAL_RANK', 0))
+        gpu = torch.cuda.is_available() and torch.cuda.device_count() > here
         if gpu:
-            torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
-        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo')
-        data.WRITES = rank() == 0
-        if rank():
+            torch.cuda.set_device(here)
+        store, me, n = next(torch.distributed.rendezvous('env://'))
+        torch.distributed.init_process_group('cpu:gloo,cuda:nccl' if gpu else 'gloo', store=store, rank=me, world_size=n)
+        data.WRITES = me == 0
+        if me:
             sys.stdout = open(os.devnull, 'w')
         try:
-            code = main()
-        except UserError:
-            if rank():                                              # most mistakes are everyone's, and rank 0 says them
-                time.sleep(3)
-            raise
-        except RuntimeError as e:
-            if not re.search('gloo|nccl|connection (closed|reset)', str(e), re.I):
+            code = main() or 0
+            for left in ('done', 'gone'):                           # a connection that closes early can break the others' last exchange, so
+                store.add(left, 1)                                  # none leaves before all are done, and the store's host is the last
+                while store.add(left, 0) < n and (left == 'done' or me == 0):
+                    time.sleep(0.05)
+        except KeyboardInterrupt:
+            code = 130
+        except (UserError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and not re.search('gloo|nccl|connection (closed|reset)|broken pipe', str(e), re.I):
                 raise
-            raise UserError(f'rank {rank()} has lost another process of this run, whose own error says why ({str(e).splitlines()[0][:200]})') from None
-        meet()                                                      # none leaves before all are done
-        torch.distributed.destroy_process_group()
-        return code
+            lost = f'rank {me} has lost another process of this run, whose own error says why ({str(e).splitlines()[0][:200]})'
+            time.sleep(3 if me or isinstance(e, RuntimeError) else 0)       # the first to err is heard first; then torchrun stops the others
+            print(f'error: {e if isinstance(e, UserError) else lost}', file=sys.stderr)
+            code = 2
+        sys.stdout.flush()
+        os._exit(code)                                              # the threads of gloo and nccl may abort a process that ends by itself
     return run
 
 
@@ -853,7 +859,7 @@ class Log:
         self.extra = extra or {}                                    # what every line says besides
         self.path, self.max_steps, self.tty = os.path.join(out, 'log.jsonl'), max_steps, sys.stdout.isatty()
         lines = []
-        if resumed_at and data.WRITES:                                              # lines of steps that will be done again are dropped
+        if resumed_at and os.path.isfile(self.path):                                              # lines of steps that will be done again are dropped
             with open(self.path, encoding='utf-8') as f:
                 lines = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= resumed_at]
         data.write_atomic(self.path, ''.join(lines))

@@ -161,6 +161,9 @@ def main(argv=None):
     if args.file and args.out and os.path.realpath(args.file) == os.path.realpath(args.out):
         raise UserError('--file and --out are the same file; write to another one')
 
+    if gpt.ranks() > 1 and not (args.text or args.file):
+        raise UserError('several processes cannot share standard input; name texts or --file')
+
     run = lora.open_run(args.run, args.device, args.dtype)
     for flag in ('calibrated', 'ood_quantile', 'sample', 'explain'):
         if flag in given and (flag != 'explain' and run.kind == 'cls' or flag != 'calibrated' and run.answers):

@@ -12,6 +12,7 @@ import http.server
 import inspect
 import io
 import json
+import math
 import os
 import random
 import re
@@ -3006,9 +3007,353 @@ def test_gen_loss_is_what_it_says():
     assert abs(losses['the posterior of all classes'] - (0.75 * entropy.mean() - 0.25 * own.mean())) < 1e-4, losses
 
 
+# --- runs that survive ---
+
+KILLS = {'train_cls ' + method: (train_cls.main, [*TINY[:3], '--n_layer', '1', '--n_head', '2', '--n_embd', '16', '--max_samples', '30', *FLAGS[method]])
+         for method in METHODS if method != 'last'}
+KILLS['train_cls last'] = (train_cls.main, [*TINY[:3], '--n_layer', '2', '--n_head', '2', '--n_embd', '16', '--max_samples', '30', '--last', '1'])
+KILLS.update({'train_gen ' + ' '.join(flags): (train_gen.main, ['--data', 'TOPICS', '--model', 'nano', '--scratch', '--n_layer', '1', '--n_head', '2',
+                                                               '--n_embd', '16', '--block_size', '64', '--max_samples', '30', *flags])
+              for flags in (['--lora', '--posterior_steps', '4'], ['--full'], ['--prefix'], ['--pretrain'])})
+
+
+def in_a_child(fn, kill_at=0):
+    """fn() in a forked process of one thread, which is killed (SIGKILL) in its kill_at-th function call; 0 = never.
+    -> (exit status, {name: [first, last] call} of the moments in which it wrote files, its number of calls)."""
+    read, write_end = os.pipe()
+    pid = os.fork()
+    if pid:
+        os.close(write_end)
+        with os.fdopen(read) as f:
+            said = f.read()
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), json.loads(said or '[[], 0]')
+    code = 70
+    try:
+        torch.set_num_threads(1)                                        # a forked process has lost the threads of OpenMP
+        signal.alarm(120)
+        calls, writing = [0], []
+
+        def tick(frame, event, arg):
+            if event in ('call', 'c_call'):
+                calls[0] += 1
+                if calls[0] == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if event == 'call' and frame.f_code.co_name in ('write_atomic', 'promote', 'save_best', 'keep'):
+                    writing.append(calls[0])
+        with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            sys.setprofile(tick)
+            try:
+                code = fn() or 0
+            except UserError as e:
+                code, writing = 2, [str(e)]
+            sys.setprofile(None)
+        os.write(write_end, json.dumps([writing, calls[0]]).encode())
+    finally:
+        os._exit(code)
+
+
+def kill_and_resume(name, kills, seed):
+    """A run killed `kills` times, each time somewhere else (every other time while it writes files), and resumed until it is done, ends with the
+    files of the run that was never killed. -> the number of kills that struck."""
+    if not hasattr(os, 'fork'):
+        skip('no fork here')
+    main, flags = KILLS[name]
+    rng, out = random.Random(f'{name} {seed}'), os.path.join(tmp(), 'run')
+    flags = [topics() if f == 'TOPICS' else f for f in flags] + ['--batch_size', '4', '--grad_accum', '2', '--max_steps', '9', '--eval_every', '2', '--dtype', 'fp32']
+    start, resume = (lambda: main([*flags, '--out', out])), (lambda: main(['--resume', '--out', out]))
+    code, (writing, calls) = in_a_child(start)
+    assert code == 0, (name, code, writing)
+
+    def result():
+        files, log = tree(out), [{k: v for k, v in r.items() if not k.endswith('_per_s')} for r in records(out)]
+        del files['log.jsonl']
+        return files, log
+    want, struck = result(), 0
+    for kill in range(kills):
+        shutil.rmtree(out)
+        code, killed_at = None, []
+        for again in range(20):
+            # the first attempt is killed, then every other resumption, ever later; then it may end
+            at = 0 if again > 2 else rng.randrange(1, calls) if (kill + again) % 2 else rng.choice(writing) + rng.randrange(60)
+            code, (said, _) = in_a_child(start if code is None else resume, at)
+            if code == -signal.SIGKILL:
+                struck += 1
+                killed_at.append(at)
+            elif code == 2:                                             # killed before there was anything to resume, or when all was done
+                done = os.path.isfile(os.path.join(out, 'eval_results.json')) or ('pretrain' in name and 'language model' in said[0])
+                assert done or 'no resume.pt' in said[0] or 'no run.json' in said[0], (name, seed, killed_at, said)
+                if done:
+                    break
+                code = None
+            else:
+                assert code == 0, (name, seed, killed_at, code, said)
+                break
+        assert result() == want, (name, seed, killed_at, [k for k in set(want[0]) | set(result()[0]) if want[0].get(k) != result()[0].get(k)])
+    return struck
+
+
+def test_killed_runs_end_the_same():
+    """kill -9 anywhere, --resume: bitwise the run that was never killed. python test_all.py --kills N does it N times per method."""
+    for name in ('train_cls lora', 'train_cls full', 'train_gen --lora --posterior_steps 4'):
+        assert kill_and_resume(name, 2, seed=0) > 0
+
+
+def kill_long(n):
+    """--kills N: as often as asked, for every method."""
+    for name in KILLS:
+        struck = kill_and_resume(name, n, seed=1)
+        print(f'{name}: {n} runs, killed {struck} times, each ended bitwise as the one that was never killed', flush=True)
+
+
+def test_loss_that_is_not_finite():
+    """It names the step and the rows, saves nothing of it, and the checkpoint before it is as it was."""
+    for main, flags in ((train_cls.main, [*TINY, '--full']), (train_gen.main, ['--data', topics(), *SHAPE, '--pretrain'])):
+        out, real, seen = os.path.join(tmp(), 'run'), data.collate, []
+
+        def note(tokens, index, *a, **k):
+            if torch.is_grad_enabled():
+                seen.append(sorted(index.tolist()))
+            return real(tokens, index, *a, **k)
+        spoil = dict(step=5)
+        before = gpt.lr_at
+        with patched(gpt, 'lr_at', lambda step, *a: math.nan if step == spoil['step'] else before(step, *a)), patched(data, 'collate', note):
+            said = raises(UserError, main, [*flags, '--dtype', 'fp32', '--max_steps', '12', '--batch_size', '4', '--eval_every', '4', '--log_every', '3',
+                                            '--out', out], match='at step 7')                       # the step after the one that spoilt the weights
+        assert ', '.join(map(str, seen[6])) in said and '--lr' in said and '--resume' in said, (said, seen[6])
+        assert gpt.load_resume(out)['step'] == 4 and all(torch.isfinite(p).all() for p in gpt.load_resume(out)['params'].values())
+        code = script(main, ['--resume', '--out', out])[0]                                           # without the cause it goes on
+        assert not code and records(out)[-1]['step'] == 12
+
+
+def test_interrupt_after_a_loss_that_is_not_finite():
+    """Ctrl-C before the next log line must not save what is spoilt."""
+    out, before = os.path.join(tmp(), 'run'), gpt.lr_at
+
+    def rate(step, *a):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return math.nan if step == 2 else before(step, *a)
+    with patched(gpt, 'lr_at', rate), contextlib.redirect_stderr(io.StringIO()):
+        raises(UserError, train_cls.main, [*TINY, '--full', '--dtype', 'fp32', '--max_steps', '9', '--eval_every', '9', '--out', out], match='at step 4')
+    assert gpt.load_resume(out)['step'] == 0
+
+
+def test_out_of_memory_names_a_batch_size():
+    def full(*a, **k):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
+    for size, match in ((8, '--batch_size 4 --grad_accum 2'), (1, 'a smaller --max_length')):
+        with patched(GPT, 'trunk', full):
+            raises(UserError, train_cls.main, [*TINY, '--batch_size', str(size), '--out', os.path.join(tmp(), 'run')], match=match)
+
+
+def test_two_runs_with_one_folder():
+    """The second is refused as long as the first lives, even if that was killed and is resumed."""
+    out, here = os.path.join(tmp(), 'run'), os.path.dirname(os.path.abspath(__file__))
+    for name, work, flags in (('train_cls.py', out, [*TINY, '--out', out]),
+                              ('train_gen.py', os.path.join(out, 'animals.part'), ['--data', topics(), *SHAPE, '--class_id', '0', '--out', out])):
+        shutil.rmtree(out, ignore_errors=True)
+        os.makedirs(work)
+        code = f'import sys, data; data.claim({work!r}); print("held", flush=True); sys.stdin.read()'
+        with subprocess.Popen([sys.executable, '-c', code], cwd=here, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as p:
+            assert p.stdout.readline() == 'held\n'
+            main = train_cls.main if name == 'train_cls.py' else train_gen.main
+            raises(UserError, main, [*flags, '--max_steps', '2'], match='in use by another process')
+            p.kill()
+        assert not script(main, [*flags, '--max_steps', '2'])[0]                                     # a dead process holds nothing
+
+
+def test_classes_trained_by_several_processes_at_once():
+    """--class_id K in three processes over one --out: the run of one process, and no log line lost."""
+    here, labels = os.path.dirname(os.path.abspath(__file__)), ('animals', 'colours', 'numbers')
+    flags = ['--data', topics(labels), '--model', pretrained(), '--dtype', 'fp32', '--max_steps', '24', '--device', 'cpu']
+    whole, _ = generate(*flags)
+    out = os.path.join(tmp(), 'run')
+    ps = [subprocess.Popen([sys.executable, os.path.join(here, 'train_gen.py'), *flags, '--class_id', str(k), '--out', out], stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}) for k in range(3)]
+    said = [p.communicate()[0] for p in ps]
+    assert [p.returncode for p in ps] == [0, 0, 0], said
+    if not os.path.isfile(os.path.join(out, 'eval_results.json')):                                   # two that end together may each wait for the other
+        assert not script(train_gen.main, ['--resume', '--out', out])[0]
+    assert sorted(records(out), key=lambda r: (r['class'], r['step']))[-1] and len(records(out)) == len(records(whole))
+    a, b = (lora.open_run(folder, 'cpu', 'fp32').logits(['cat dog', 'red', 'two six one']) for folder in (out, whole))
+    assert np.allclose(a, b, atol=1e-3), (a, b)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """As on a full disk: a file cannot grow beyond so many bytes."""
+    import resource
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_full_disk():
+    """A file that cannot be written whole is an error that names it, and what was there before stays."""
+    if os.name != 'posix':
+        skip('needs resource limits')
+    folder = tmp()
+    path = os.path.join(folder, 'x.json')
+    data.write_json(path, dict(old=1))
+    with files_of_at_most(1000):
+        raises(UserError, data.write_json, path, ['new'] * 1000, match='cannot write')
+        raises(UserError, gpt.save_safetensors, os.path.join(folder, 'm.safetensors'), dict(x=torch.zeros(1000)), match='m.safetensors')
+        raises(UserError, gpt.save_resume, folder, SimpleNamespace(), 1, None, dict(x=torch.zeros(1000)), torch.optim.SGD([torch.zeros(1)]),
+               torch.amp.GradScaler('cpu', enabled=False), match='resume.pt')
+    assert os.listdir(folder) == ['x.json'] and data.read_json(path) == dict(old=1)
+    out = os.path.join(tmp(), 'run')
+    with files_of_at_most(20000):
+        raises(UserError, train_cls.main, [*TINY, '--full', '--max_steps', '3', '--out', out], match='cannot write')
+    assert not any(name.endswith(('.tmp', '.safetensors')) for name in os.listdir(out)), os.listdir(out)
+    code = script(train_cls.main, ['--resume', '--out', out])[0]                                     # space was made
+    assert not code and os.path.isfile(os.path.join(out, 'eval_results.json'))
+
+
+def test_two_processes_download_one_file():
+    """The second waits for the first and takes what that one has brought: one request, no mixed-up file."""
+    content, served = random.Random(0).randbytes(300_000), []
+
+    class Slowly(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            served.append(self.path)
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(content)))
+            self.end_headers()
+            for at in range(0, len(content), 50_000):
+                self.wfile.write(content[at:at + 50_000])
+                time.sleep(0.2)
+
+        def log_message(self, *a):
+            pass
+    try:
+        server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Slowly)
+    except OSError as e:
+        skip(f'no loopback ({e})')
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    dest, here = os.path.join(tmp(), 'file'), os.path.dirname(os.path.abspath(__file__))
+    code = (f'import data; data.download(["http://127.0.0.1:{server.server_port}/file"], {dest!r}, size={len(content)}, '
+            f'sha256={hashlib.sha256(content).hexdigest()!r})')
+    env = {k: v for k, v in os.environ.items() if 'proxy' not in k.lower()}
+    ps = [subprocess.Popen([sys.executable, '-c', code], cwd=here, stderr=subprocess.PIPE, text=True, env=env) for _ in range(3)]
+    said = [p.communicate()[1] for p in ps]
+    server.shutdown()
+    server.server_close()
+    if any('Network is unreachable' in s or 'no connection' in s for s in said) and not served:
+        skip('no loopback')
+    assert [p.returncode for p in ps] == [0, 0, 0], said
+    assert len(served) == 1 and data.read_bytes(dest) == content and os.listdir(os.path.dirname(dest)) == ['file'], (served, os.listdir(os.path.dirname(dest)))
+
+
+# --- several processes: torchrun ---
+
+def torchrun(n, name, *argv, wait=True):
+    """A script in n processes of one machine -> (exit code, stdout, stderr), or the running Popen."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(n), os.path.join(here, name), *map(str, argv)]
+    try:
+        with socket.create_server(('127.0.0.1', 0)) as s, socket.create_connection(s.getsockname(), 1):
+            pass
+    except OSError as e:
+        skip(f'no loopback ({e})')
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    return p if not wait else (lambda said: (p.returncode, *said))(p.communicate(timeout=180))
+
+
+def same_run(a, b, weights=1e-5):
+    """The losses and validation figures of two runs agree to 1e-5, their saved weights to `weights` of the largest."""
+    logs = [[{k: v for k, v in r.items() if not k.endswith(('_per_s', 'lr', 'pad_share'))} for r in records(out)] for out in (a, b)]
+    for x, y in zip(*logs, strict=True):
+        assert x.keys() == y.keys() and all(v == y[k] if isinstance(v, (str, int)) else abs(v - y[k]) < 1e-5 for k, v in x.items()), (x, y)
+    files = [path for path in tree(a) if path.endswith('.safetensors')]
+    assert files == [path for path in tree(b) if path.endswith('.safetensors')]
+    for path in files:
+        x, y = (gpt.load_safetensors(os.path.join(out, path)) for out in (a, b))
+        assert all(float((x[n] - y[n]).abs().max()) < weights * max(1, float(x[n].abs().max())) for n in x), path
+
+
+def test_distributed_classifier():
+    """3 processes: the run of one, with steps whose rows they cannot share evenly, one of which leaves two of them without a row; their
+    evaluation and predict.py's file in order; one process prints. Then an interrupted run of 2 goes on in 1."""
+    rows = table(43).splitlines()                                       # 7 steps an epoch of 6 rows, the last of 1
+    own = [write('train.csv', '\n'.join(rows) + '\n'), '--val', write('val.csv', table(17)), '--test', write('test.csv', table(11))]
+    flags = ['--data', *own, '--model', 'nano', '--scratch', '--n_layer', '2', '--n_head', '2', '--n_embd', '32', '--device', 'cpu', '--dtype', 'fp32',
+             '--dropout', '0', '--batch_size', '3', '--grad_accum', '2', '--max_steps', '20', '--eval_every', '7', '--log_every', '1', '--lr', '3e-3']
+    one, _ = train(*flags)
+    out = os.path.join(tmp(), 'run')
+    code, text, err = torchrun(3, 'train_cls.py', *flags, '--out', out)
+    assert code == 0, err
+    same_run(one, out)
+    assert text.count('step 20/20') == 2 and text.count('saved in') == 1, text                      # its loss and its validation, once
+    lines = write('texts.txt', '\n'.join(f'{"very " * (i * 7 % 31)}number {i}' for i in range(50)) + '\n')
+    want = script(predict.main, [one, '--file', lines, '--json', '--dtype', 'fp32', '--device', 'cpu'])[1].splitlines()
+    code, text, err = torchrun(3, 'predict.py', out, '--file', lines, '--json', '--dtype', 'fp32', '--device', 'cpu')
+    got = text.splitlines()
+    assert code == 0 and len(got) == 50, err
+    for a, b in zip(map(json.loads, want), map(json.loads, got)):
+        assert a['text'] == b['text'] and all(abs(a['probs'][k] - b['probs'][k]) < 1e-5 for k in a['probs'])
+
+
+def test_distributed_generative():
+    """2 processes: classes one after another and the posterior, the run of one process."""
+    flags = ['--data', topics(), '--model', pretrained(), '--device', 'cpu', '--dtype', 'fp32', '--dropout', '0', '--batch_size', '5', '--max_steps', '20',
+             '--posterior_steps', '6', '--log_every', '1']
+    one, _ = generate(*flags)
+    out = os.path.join(tmp(), 'run')
+    code, text, err = torchrun(2, 'train_gen.py', *flags, '--out', out)
+    assert code == 0, err
+    same_run(one, out, weights=1e-4)                                    # Adam's first steps blow up what differs in tiny gradients
+    a, b = (data.read_json(os.path.join(folder, 'eval_results.json')) for folder in (one, out))
+    assert abs(a['nll'] - b['nll']) < 1e-4 and a['accuracy'] == b['accuracy']
+
+
+def worker_pids(parent):
+    """The processes that torchrun, process `parent`, has started, by rank."""
+    if not os.path.isdir('/proc'):
+        skip('no /proc here')
+    found = {}
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try:
+            with open(f'/proc/{pid}/stat') as f:
+                if int(f.read().rpartition(')')[2].split()[1]) != parent:
+                    continue
+            with open(f'/proc/{pid}/environ') as f:
+                found[int(re.search(r'\0RANK=(\d+)', '\0' + f.read())[1])] = int(pid)
+        except (OSError, TypeError):
+            continue
+    return found
+
+
+def test_distributed_death_and_signal():
+    """A rank that is killed ends the others within a minute; SIGTERM to torchrun saves. Both go on, in one process, to the run never stopped."""
+    flags = [*TINY, '--full', '--device', 'cpu', '--dtype', 'fp32', '--batch_size', '8', '--max_steps', '120', '--eval_every', '40', '--log_every', '1']
+    whole = None
+    for how in ('kill', 'term'):
+        out = os.path.join(tmp(), 'run')
+        p = torchrun(2, 'train_cls.py', *flags, '--out', out, wait=False)
+        while p.poll() is None and not (os.path.isfile(os.path.join(out, 'log.jsonl')) and len(records(out)) > 5):
+            time.sleep(0.05)
+        t0 = time.time()
+        os.kill(worker_pids(p.pid)[1] if how == 'kill' else p.pid, signal.SIGKILL if how == 'kill' else signal.SIGTERM)
+        _, err = p.communicate(timeout=60)
+        assert p.returncode != 0 and time.time() - t0 < 60, (how, err)
+        assert how == 'term' or 'rank 0 has lost another process' in err or 'SIGKILL' in err, err
+        at = gpt.load_resume(out)['step']
+        assert at < 120 and (how == 'kill' or at > 0), (how, at, err)
+        train('--resume', out=out)
+        whole = whole or train(*flags)[0]
+        same_run(whole, out)
+
+
 # --- runner ---
 
 def main(words):
+    if words[:1] == ['--kills']:
+        kill_long(int(words[1]))
+        return 0
     tests = {n: f for n, f in globals().items() if n.startswith('test_') and (not words or any(w in n for w in words))}
     passed, failed, skipped, start = 0, [], 0, time.time()
     for name, test in tests.items():

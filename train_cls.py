@@ -179,6 +179,8 @@ def main(argv=None):
         return (m['accuracy'], -m['nll']), dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
 
     def save_best(results):
+        if not data.WRITES:
+            return
         lora.save_weights(args.out, model, args.method, ds.labels, info['base']['name'])
         data.write_json(os.path.join(args.out, 'run.json'), {**info, 'results': results})
 

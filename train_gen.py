@@ -477,6 +477,8 @@ def main(argv=None):
             return (results['val_auc'], -results['val_loss']), results
 
         def save_best(results):
+            if not data.WRITES:
+                return
             if kind == 'pretrain':
                 gpt.save_hf(args.out, model)
                 data.write_json(os.path.join(args.out, 'run.json'), {**info, 'results': results})
@@ -585,7 +587,10 @@ def main(argv=None):
         info['base']['sha256'] = gpt.base_sha256(os.path.join(args.out, 'base'))
     for name in ('calibration', 'pending'):
         info.pop(name, None)
+    if args.method != 'zero_shot':                                  # of the last phase, which another process may have run
+        info['parameters'] = data.read_json(os.path.join(args.out, folders[labels[-1]], 'class.json'))['parameters']
     data.write_json(os.path.join(args.out, 'run.json'), info)
+    gpt.meet()
     run = lora.open_run(args.out, args.device, args.dtype)
     val = data.tokenize(enc, ds.val.texts, cache=False)
     logits = run.logits_of(val)                                     # (N, K)
