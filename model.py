@@ -810,7 +810,7 @@ def mean_finite(losses, step, plan_of, lr, out):
         if not math.isfinite(value):
             bad = step - len(values) + i + 1
             rows = np.sort(plan_of(bad)).tolist()
-            raise UserError(f'the loss or its gradient is not finite ({value}) at step {bad}, made of the training rows {", ".join(map(str, rows[:32]))}'
+            raise UserError(f'the loss or its gradient is not finite at step {bad} ({value}), made of the training rows {", ".join(map(str, rows[:32]))}'
                             f'{", ..." if len(rows) > 32 else ""} (0 is the first): try a smaller --lr than {lr:g}, or --dtype fp32, or look at these '
                             f'texts; {out} keeps the last checkpoint, and --resume goes on from it')
     return sum(values) / len(values)

@@ -3172,9 +3172,8 @@ def test_classes_trained_by_several_processes_at_once():
                            stderr=subprocess.STDOUT, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}) for k in range(3)]
     said = [p.communicate()[0] for p in ps]
     assert [p.returncode for p in ps] == [0, 0, 0], said
-    if not os.path.isfile(os.path.join(out, 'eval_results.json')):                                   # two that end together may each wait for the other
-        assert not script(train_gen.main, ['--resume', '--out', out])[0]
-    assert sorted(records(out), key=lambda r: (r['class'], r['step']))[-1] and len(records(out)) == len(records(whole))
+    assert os.path.isfile(os.path.join(out, 'eval_results.json')) and 'calibration' in data.read_json(os.path.join(out, 'run.json')), said
+    assert sorted(r['class'] for r in records(out)) == sorted(r['class'] for r in records(whole))
     a, b = (lora.open_run(folder, 'cpu', 'fp32').logits(['cat dog', 'red', 'two six one']) for folder in (out, whole))
     assert np.allclose(a, b, atol=1e-3), (a, b)
 
@@ -3263,7 +3262,7 @@ def torchrun(n, name, *argv, wait=True):
     return p if not wait else (lambda said: (p.returncode, *said))(p.communicate(timeout=180))
 
 
-def same_run(a, b, weights=1e-5):
+def close_runs(a, b, weights=1e-5):
     """The losses and validation figures of two runs agree to 1e-5, their saved weights to `weights` of the largest."""
     logs = [[{k: v for k, v in r.items() if not k.endswith(('_per_s', 'lr', 'pad_share'))} for r in records(out)] for out in (a, b)]
     for x, y in zip(*logs, strict=True):
@@ -3286,7 +3285,7 @@ def test_distributed_classifier():
     out = os.path.join(tmp(), 'run')
     code, text, err = torchrun(3, 'train_cls.py', *flags, '--out', out)
     assert code == 0, err
-    same_run(one, out)
+    close_runs(one, out)
     assert text.count('step 20/20') == 2 and text.count('saved in') == 1, text                      # its loss and its validation, once
     lines = write('texts.txt', '\n'.join(f'{"very " * (i * 7 % 31)}number {i}' for i in range(50)) + '\n')
     want = script(predict.main, [one, '--file', lines, '--json', '--dtype', 'fp32', '--device', 'cpu'])[1].splitlines()
@@ -3305,7 +3304,7 @@ def test_distributed_generative():
     out = os.path.join(tmp(), 'run')
     code, text, err = torchrun(2, 'train_gen.py', *flags, '--out', out)
     assert code == 0, err
-    same_run(one, out, weights=1e-4)                                    # Adam's first steps blow up what differs in tiny gradients
+    close_runs(one, out, weights=1e-4)                                    # Adam's first steps blow up what differs in tiny gradients
     a, b = (data.read_json(os.path.join(folder, 'eval_results.json')) for folder in (one, out))
     assert abs(a['nll'] - b['nll']) < 1e-4 and a['accuracy'] == b['accuracy']
 
@@ -3345,7 +3344,7 @@ def test_distributed_death_and_signal():
         assert at < 120 and (how == 'kill' or at > 0), (how, at, err)
         train('--resume', out=out)
         whole = whole or train(*flags)[0]
-        same_run(whole, out)
+        close_runs(whole, out)
 
 
 # --- runner ---

@@ -577,16 +577,23 @@ def main(argv=None):
     if args.pretrain:
         print(f'\nbest on validation: {-best[0]:.4f} nats per token; saved in {args.out}; try:\n  python train_cls.py --model {args.out} --data ...')
         return
-    missing = [label for label in labels if args.method != 'zero_shot' and not finished(args.out, folders[label])]
+
+    def lacking():
+        """The classes that are not trained yet; run.json says so, unless the run was whole before: what worked still works."""
+        with data.locked(args.out):                                 # of several processes the last one finds none
+            missing = [label for label in labels if args.method != 'zero_shot' and not finished(args.out, folders[label])]
+            if missing:
+                whole = old['labels'] and all(finished(args.out, folders[label]) for label in old['labels'])
+                data.write_json(os.path.join(args.out, 'run.json'), {**old, 'pending': vars(args)} if whole else info)
+        return missing
+    missing = gpt.from_rank_zero(lacking)
     if missing:
-        whole = old['labels'] and all(finished(args.out, folders[label]) for label in old['labels'])
-        data.write_json(os.path.join(args.out, 'run.json'), {**old, 'pending': vars(args)} if whole else info)    # what worked still works
         print(f'\nsaved in {args.out}; it lacks the classes {", ".join(missing)}: train each with --class_id, or all with --resume')
         return
     if args.prefix:
         info['base']['sha256'] = gpt.base_sha256(os.path.join(args.out, 'base'))
-    for name in ('calibration', 'pending'):
-        info.pop(name, None)
+    for name in ('parameters', 'calibration', 'likelihood_quantiles', 'results', 'pending'):
+        info.pop(name, None)                                        # they come again, in this order
     if args.method != 'zero_shot':                                  # of the last phase, which another process may have run
         info['parameters'] = data.read_json(os.path.join(args.out, folders[labels[-1]], 'class.json'))['parameters']
     data.write_json(os.path.join(args.out, 'run.json'), info)
