@@ -598,14 +598,13 @@ def malformed(info):
     if gen:
         fits, quantiles, pending = info.get('calibration'), info.get('likelihood_quantiles'), info.get('pending', {})
         for name, sane in dict(
-                folders=method == 'zero_shot' or by_label(info.get('folders'),
-                                                          lambda x: text(x) and os.path.basename(x) == x and x not in ('.', '..')),
+                folders=method == 'zero_shot' or by_label(info.get('folders'), lambda x: text(x) and x == os.path.basename(x) not in ('.', '..')),
                 prior=by_label(info.get('prior'), lambda x: number(x, 1e-12, 1)),
                 prompts=method != 'zero_shot' or by_label(info.get('prompts'), text),
                 calibration=fits is None or isinstance(fits, dict) and number(fits.get('tau'), 1e-12) and by_label(fits.get('bias'), number),
                 pending=isinstance(pending, dict),
-                likelihood_quantiles=quantiles is None or isinstance(quantiles,
-                                                                     list) and len(quantiles) == 101 and all(map(number, quantiles))).items():
+                likelihood_quantiles=quantiles is None or (
+                    isinstance(quantiles, list) and len(quantiles) == 101 and all(map(number, quantiles)))).items():
             if not sane:
                 return name
     return None

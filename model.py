@@ -729,8 +729,7 @@ def restore(saved, params, opt, scaler):
         opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=opt.state_dict()['param_groups']))      # the settings are the flags'
         for p in params.values():
             state = opt.state.get(p, {})
-            if state and {k: (t.shape if k == 'step' else t.shape == p.shape) for k, t in state.items()} != dict(step=(), exp_avg=True,
-                                                                                                                 exp_avg_sq=True):
+            if state and {k: t.shape for k, t in state.items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
                 raise ValueError('a state of another shape')
         scaler.load_state_dict(saved['scaler'])
         torch.set_rng_state(saved['rng'])
