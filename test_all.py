@@ -3706,7 +3706,7 @@ def kinds():
 
 def test_fuzz():
     """Some mutations of each kind; `python test_all.py --fuzz N` makes N, and `--fuzz N KIND` of one kind."""
-    broken = [line for kind in kinds() for line in fuzz(kind, 60)[2]]
+    broken = [line for kind in kinds() for line in fuzz(kind, 50)[2]]
     assert not broken, '\n'.join(broken)
 
 
