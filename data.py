@@ -5,7 +5,7 @@ NAME is sst2, agnews, imdb, sms, demo (synthetic, needs no network), your own FI
 with train.* and perhaps val.* and test.* of these kinds.  Files are looked for in --data_dir or $NANOCLS_DATA, then in the
 cache ($NANOCLS_CACHE, or ~/.cache/nanocls), then downloaded into the cache.  Nothing but the cache is written to.
 """
-import argparse, collections, contextlib, csv, difflib, glob, hashlib, io, json, os, random, re, sys, tarfile, time, zipfile, zlib
+import argparse, collections, contextlib, csv, difflib, glob, gzip, hashlib, io, json, os, random, re, sys, tarfile, time, zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,8 @@ def cli(main):
         code = main()
         sys.stdout.flush()  # so that a closed pipe is noticed here, not while Python shuts down
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e))  # a broken file's names may hold anything
+        print(f"error: {text if len(text) <= 2000 else text[:1000] + ' ... ' + text[-1000:]}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -195,16 +196,39 @@ def write_json(path, obj):
 
 def read_json(path):
     try:
-        return json.loads(decode(read_bytes(path), path))
+        return parse_json(decode(read_bytes(path), path))
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON ({e}); restore it or write it again") from None
+
+def read_object(path):
+    obj = read_json(path)
+    if not isinstance(obj, dict):
+        raise UserError(f"{path} holds no JSON object; restore it or write it again")
+    return obj
+
+def parse_json(text):
+    """json.loads, whose every complaint is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+def log_row(line):
+    """A line of log.jsonl -> {key: value}; None for one that a crash has cut off or damaged."""
+    try:
+        row = parse_json(line)
+    except ValueError:
+        return None
+    sane = isinstance(row,
+                      dict) and all(isinstance(v, (int, float, str)) for v in row.values()) and type(row.get("step")) is int
+    return row if sane else None
 
 def read_bytes(path):
     try:
         with open(path, "rb") as f:
             return f.read()
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror or e}); check the path") from None
+    except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
+        raise UserError(f"cannot read {path} ({getattr(e, 'strerror', None) or e}); check the path") from None
 
 def decode(raw, path):
     try:
@@ -222,8 +246,9 @@ def sha256_file(path, kind="sha256"):
 
 # --- finding and downloading ------------------------------------------------------------------------------------------
 
-MAX_MEMBER = 512 << 20  # bytes taken out of one archive: far above any data set here, far below a machine's memory
-TIMEOUT = (10, 60)      # seconds to connect, seconds without a byte
+MAX_MEMBER = 32 << 20    # bytes of one file in an archive: the largest here has 4 MB
+MAX_UNPACKED = 512 << 20  # bytes of a whole archive, unpacked: IMDB's has 0.3 GB
+TIMEOUT = (10, 60)       # seconds to connect, seconds without a byte
 
 def find(rel, data_dir=None):
     """The first file that matches rel in --data_dir or $NANOCLS_DATA, then in the cache; None when there is none."""
@@ -257,8 +282,8 @@ def fetch_whole(urls, dest, size=None, sha256=None, md5=None, member=None):
             while part_size() > have:  # as long as each try brings something new
                 have = part_size()
                 try:
-                    fetch(url, part, have)
-                except requests.RequestException as e:
+                    fetch(url, part, have, size)
+                except (requests.RequestException, ValueError) as e:  # ValueError: a redirect to what is no address
                     why = reason(e)
                     continue
                 if intact(part, size, sha256, md5, member):
@@ -278,8 +303,11 @@ def unavailable(dest, failures):
     return Unavailable(f"cannot download {rel} ({'; '.join(failures)}); check the network, or put the file into a folder as "
                        f"{rel} and name that folder with --data_dir or $NANOCLS_DATA")
 
-def fetch(url, part, have):
-    """One request: append to part after its first `have` bytes.  RequestException when it fails or breaks off."""
+def fetch(url, part, have, size=None):
+    """
+    One request: append to part after its first `have` bytes.  RequestException when it fails or breaks off.  Reading ends
+    where it is clear that more than `size` bytes come.
+    """
     headers = {"Accept-Encoding": "identity"}  # so that Content-Length and Range count the bytes we store
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -288,13 +316,15 @@ def fetch(url, part, have):
             return
         r.raise_for_status()
         have = have if r.status_code == 206 else 0  # a server without ranges sends everything again
-        total = have + int(r.headers.get("Content-Length") or 0)
+        total = have + told_size(r.headers.get("Content-Length"))
         print(f"downloading {url} ({total / 1e6:,.1f} MB)", file=sys.stderr)
         tty, told = sys.stderr.isatty(), time.monotonic()
         with open(part, "ab" if have else "wb") as f:
             for block in r.iter_content(1 << 16):
                 f.write(block)
                 have += len(block)
+                if size is not None and have > size:
+                    return
                 if time.monotonic() - told > (0.2 if tty else 10):  # seconds between signs of life
                     told = time.monotonic()
                     of = f" of {total / 1e6:,.1f}" if total else ""
@@ -302,13 +332,20 @@ def fetch(url, part, have):
         if have < total:
             raise requests.exceptions.ChunkedEncodingError
 
+def told_size(text):
+    """A number of bytes that a server tells; 0 where it tells none, or nonsense."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text or "") else 0
+
 def reason(e):
     """A failed request in a few words."""
-    if e.response is not None:
-        return f"{e.response.status_code} {e.response.reason}"
+    if isinstance(e, requests.TooManyRedirects):
+        return "it redirects in a circle"
+    if getattr(e, "response", None) is not None:
+        wait = told_size(e.response.headers.get("Retry-After"))
+        return f"{e.response.status_code} {e.response.reason}" + f", try again in {wait:,} s" * (wait > 0)
     if isinstance(e, requests.exceptions.ChunkedEncodingError):
         return "the connection broke off"
-    if isinstance(e, requests.Timeout):
+    if isinstance(e, requests.Timeout) or "timed out" in str(e):  # in mid-file requests calls it a ConnectionError
         return "timed out"
     return "no connection" if isinstance(e, requests.ConnectionError) else str(e)
 
@@ -325,9 +362,12 @@ def zip_member(path, name):
         with zipfile.ZipFile(path) as z:
             for info in z.infolist():
                 if ("/" + info.filename).endswith("/" + name) and info.file_size <= MAX_MEMBER:
-                    return z.read(info)  # reads no more than the declared size, and checks the CRC
+                    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                        raise zipfile.BadZipFile("another compression")  # those zipfile unpacks without a limit
+                    with z.open(info) as f:
+                        return f.read(info.file_size)  # told how much, it unpacks no more; and it checks the CRC
         why = f"it has no {name} of at most {MAX_MEMBER:,} bytes"
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as e:
+    except Exception as e:  # zipfile raises a dozen types for a broken file
         why = e
     raise UserError(f"{path} is not the published zip file ({why}); remove it to have it downloaded again")
 
@@ -353,7 +393,7 @@ def weights(name, data_dir=None):
             told = requests.head(url, headers={"Accept-Encoding": "identity"}, timeout=TIMEOUT).headers
         except requests.RequestException as e:
             raise unavailable(cached(rel), [f"{url}: {reason(e)}"]) from None
-        checks = dict(size=int(told.get("x-linked-size") or 0) or None,
+        checks = dict(size=told_size(told.get("x-linked-size")) or None,
                       sha256=told.get("x-linked-etag", "").strip('"') or None)
     return download([url], cached(rel), **checks)
 
@@ -424,18 +464,24 @@ def read_imdb(data_dir):
     parsed = cached(f"imdb/rows-{stat.st_size}-{stat.st_mtime_ns}.json")  # 0.5 s to read, the archive takes 6 s
     try:
         with open(parsed, encoding="utf-8") as f:
-            return json.load(f), labels
-    except (OSError, ValueError):
+            rows = json.load(f)
+        rows = {s: [(text, label) for text, label in rows[s]] for s in ("train", "test")}
+        if all(r and all(isinstance(text, str) and label in labels for text, label in r) for r in rows.values()):
+            return rows, labels
+    except Exception:
         pass  # not there, or broken: made anew
     found, why = [], "it lacks train or test reviews"
     try:
-        with tarfile.open(path, "r|gz") as tar:  # | is one pass over a stream; nothing is unpacked to disk
-            for m in tar:
+        with gzip.open(path) as f, tarfile.open(fileobj=Limited(f, MAX_UNPACKED), mode="r|") as tar:
+            while (m := tar.next()) is not None:  # | is one pass over a stream; nothing is unpacked to disk
+                tar.members.clear()  # or it would keep them all
                 hit = re.fullmatch(r"(?:.*/)?(train|test)/(neg|pos)/\d+_\d+\.txt", m.name)
-                if hit and m.isfile() and m.size <= MAX_MEMBER:
+                if hit and m.isfile() and not m.issparse() and m.size <= MAX_MEMBER:
                     text = decode(tar.extractfile(m).read(), f"{path}, {m.name}").replace("<br />", "\n")
                     found.append((m.name, hit[1], text, labels[hit[2] == "pos"]))
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as e:
+    except UserError:
+        raise
+    except Exception as e:  # tarfile raises a dozen types for a broken file
         found, why = [], e
     found.sort()  # by name, so that the split does not depend on the archive's order
     rows = {s: [(text, label) for _, split, text, label in found if split == s] for s in ("train", "test")}
@@ -443,6 +489,18 @@ def read_imdb(data_dir):
         raise UserError(f"{path} is not the published archive ({why}); remove it to have it downloaded again")
     write_atomic(parsed, json.dumps(rows))
     return rows, labels
+
+class Limited:
+    """A file whose reading ends with an error after so many bytes: what a small archive unpacks to must not fill the memory."""
+
+    def __init__(self, f, limit):
+        self.f, self.left = f, limit
+
+    def read(self, n):
+        self.left -= n  # not what comes: tarfile looks for the end of a member of 10 GB long after that of the file
+        if self.left < 0:
+            raise tarfile.ReadError("it unpacks to far more than that one, or claims to")
+        return self.f.read(n)
 
 def read_sms(data_dir):
     raw, path = file_or_member(
@@ -460,6 +518,7 @@ KINDS = (".csv", ".tsv", ".jsonl")
 STEMS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 TEXT_NAMES = ("text", "sentence", "review", "message", "content", "comment", "body", "document", "tweet", "utterance", "sms")
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "rating", "y")
+MAX_CLASSES = 5000  # their confusion matrix fills 0.2 GB
 csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters refuses long documents; more overflows on Windows
 
 def csv_records(f, path, delimiter):
@@ -493,7 +552,7 @@ def json_rows(f, path):
         if line.strip():
             where = f"{path}, line {i + 1}"
             try:
-                row = json.loads(line)
+                row = parse_json(line)
             except ValueError as e:
                 raise UserError(f"{where}: not valid JSON ({e}); write one object per line") from None
             if not isinstance(row, dict):
@@ -622,6 +681,9 @@ def load(name, seed=1337, data_dir=None, val=None, test=None, text_col=None, lab
     found = {label for _, label in train}
     whole = all(re.fullmatch(r"[+-]?[0-9]{1,18}", label) for label in found)
     labels = labels or sorted(found, key=lambda label: (int(label), label) if whole else label)
+    if len(labels) > MAX_CLASSES:
+        raise UserError(f"{name}: there are {len(labels):,} different labels, and at most {MAX_CLASSES:,} can be told "
+                        "apart; name the column of the labels with --label_col")
     if len(found) < max(2, len(labels)):
         raise UserError(f"{name}: the training rows have no label but {', '.join(sorted(found))}; "
                         f"{'at least two classes' if len(labels) < 2 else ', '.join(labels)} are needed")
@@ -842,10 +904,12 @@ def tokenize(enc, texts, cache=True):
         try:
             with np.load(path, allow_pickle=False) as z:
                 flat, starts = z["flat"], z["starts"]
-            if flat.dtype == np.uint16 and len(starts) == len(texts) + 1 and starts[-1] == len(flat):
+            if (flat.dtype, starts.dtype) == (np.uint16, np.int64) and starts.shape == (len(texts) + 1,
+                                                                                        ) and starts[0] == 0 and (
+                    flat.shape == (starts[-1],) and (np.diff(starts) > 0).all() and flat.max(initial=0) < enc.n_vocab):
                 return Tokens(flat, starts)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
-            pass  # half written by a crash, or damaged: made anew
+        except Exception:
+            pass  # half written by a crash, or damaged in one of the many ways that numpy names: made anew
     arrays = []
     for at in range(0, len(texts), 4096):  # texts at a time: as lists of Python ints, all of IMDB would take half a gigabyte
         part = texts[at:at + 4096]

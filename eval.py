@@ -222,6 +222,9 @@ def read_preds(preds_path, labels_path):
             raise UserError(f"{labels_path}, item {i}: {json.dumps(label)[:60]} is not a label: write a string in quotes")
     first = items[0].get("probs")
     labels = list(first) if isinstance(first, dict) and first else sorted(set(truth))
+    if len(labels) > data.MAX_CLASSES:
+        raise UserError(f"{labels_path if first is None else preds_path} has {len(labels):,} different labels, and at most "
+                        f"{data.MAX_CLASSES:,} can be told apart: are these the labels?")
     ids, pred, rows = {label: i for i, label in enumerate(labels)}, [], []
     for i, label in enumerate(truth, 1):
         if label not in ids:
@@ -318,14 +321,11 @@ def figure_class():
 def read_log(path):
     """log.jsonl -> {key: (steps, values)}. Of a step logged again after a resume the later line counts."""
     series = {}
-    with open(path, encoding="utf-8") as f:
+    with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            try:
-                row = json.loads(line)
-            except ValueError:                                                # a line cut off by a kill
-                continue
+            row = data.log_row(line) or {}                                    # a line cut off by a kill
             for key in ("loss", "val_loss", "val_accuracy", "val_auc"):
-                if key in row:
+                if type(row.get(key)) in (int, float):
                     series.setdefault(key, {})[row["step"]] = row[key]
     return {key: tuple(zip(*sorted(points.items()))) for key, points in series.items()}
 

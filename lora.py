@@ -2,9 +2,12 @@
 PEFT's files in and out; what the training scripts share of their flags; and open_run, which gives back a trained run ready to classify."""
 import argparse
 import itertools
+import json
 import math
 import os
 import re
+import subprocess
+import sys
 import textwrap
 from collections import Counter
 
@@ -25,6 +28,7 @@ LR_SCRATCH = 3e-4
 LR_NANO = 3e-3                                      # LoRA on the demo's small model
 LR_HELP = 'peak learning rate; without it ' + ', '.join(f'{m} {rate:g}' for m, rate in [*LR.items(), ('with --scratch', LR_SCRATCH), ('LoRA on nano', LR_NANO)])
 TARGETS = 'c_attn,attn.c_proj,c_fc,mlp.c_proj'      # every matrix of a block; beats attention alone at the same number of parameters
+REGEX_SECONDS = 5                                   # for PEFT's target_modules; usual ones take 0.1, of which Python's start is most
 SMALL_BASE = 20_000_000                             # bytes; a base model below this travels inside the run folder
 
 # ------------------------------------------------------------------------------------------------------------ wrappers
@@ -102,7 +106,7 @@ def add_lora(model, r, alpha, dropout, targets, rslora=False, classes=0, top=Non
     layers = {f'h.{i}.{n}': m for i, block in enumerate(model.h) if not top or i >= len(model.h) - top
               for n, m in block.named_modules() if isinstance(m, (Conv1D, nn.Linear))}
     if isinstance(targets, str):
-        hits = {targets: [n for n in layers if re.fullmatch(targets, 'transformer.' + n) or re.fullmatch(targets, n)]}
+        hits = {targets: matching(targets, layers)}
     else:
         hits = {t: [n for n in layers if n == t or n.endswith('.' + t) or n == t.replace('transformer.', '', 1)] for t in targets}
     for t, names in hits.items():
@@ -116,6 +120,21 @@ def add_lora(model, r, alpha, dropout, targets, rslora=False, classes=0, top=Non
         setattr(model.get_submodule(parent), child, LoRA(layers[n], r, alpha / (math.sqrt(r) if rslora else r), dropout, classes))
     model.classes, model.split = classes, min(int(n.split('.')[1]) for n in names)
     return names
+
+
+def matching(pattern, layers):
+    """Which of the names a regular expression matches, with or without 'transformer.' in front. Some expressions would take years: the
+    search is a process of its own, which can be ended."""
+    code = ('import json, re, sys\npattern, names = json.load(sys.stdin)\n'
+            'json.dump([n for n in names if re.fullmatch(pattern, "transformer." + n) or re.fullmatch(pattern, n)], sys.stdout)')
+    try:
+        p = subprocess.run([sys.executable, '-I', '-c', code], input=json.dumps([pattern, list(layers)]), capture_output=True, text=True,
+                           timeout=REGEX_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise UserError(f'target_modules: the regular expression {pattern!r} takes too long; write it in another way, or list the names')
+    if p.returncode:
+        raise UserError(f'target_modules: {pattern!r} is no regular expression ({p.stderr.strip().rpartition(chr(10))[2]})')
+    return json.loads(p.stdout)
 
 
 def add_adapters(model, bottleneck):
@@ -240,34 +259,47 @@ def load_peft(folder, model, classes=0):
         if differ:
             raise UserError(f'{one}: {differ[0]} is {config[differ[0]]}, but {configs[0].get(differ[0])} in {folders[0]}; '
                             'the adapters of one classifier must agree')
-    if 'r' in configs[0]:
-        add_lora(model, **configs[0], classes=classes)
-    else:
-        add_prompt(model, **configs[0], classes=classes)
-    for i, one in enumerate(folders):
-        fill(model, gpt.load_safetensors(os.path.join(one, 'adapter_model.safetensors')), peft_names(model), one, i if classes else None)
+
+    def fill_all(model):
+        for i, one in enumerate(folders):
+            fill(model, gpt.load_safetensors(os.path.join(one, 'adapter_model.safetensors')), peft_names(model), one, i if classes else None)
+    add_filled(model, lambda m: (add_lora if 'r' in configs[0] else add_prompt)(m, **configs[0], classes=classes), fill_all)
+
+
+def add_filled(model, add, fill):
+    """add(model), then fill(model), both tried before on a model without memory: a file that claims to be huge must not be given that much."""
+    with torch.device('meta'):
+        outline = GPT(model.cfg, model.score.out_features if hasattr(model, 'score') else 0).requires_grad_(False)
+        add(outline)
+    fill(outline)
+    add(model)
+    fill(model)
 
 
 def peft_config(folder):
     """adapter_config.json of a PEFT folder -> the arguments of add_lora or add_prompt. UserError for what nanocls does not support."""
     path = os.path.join(folder, 'adapter_config.json')
-    c = data.read_json(path)
+    c = data.read_object(path)
     kind = c.get('peft_type')
-    try:
-        if kind == 'PROMPT_TUNING':
-            return dict(n=int(c['num_virtual_tokens']))
-        if kind != 'LORA':
-            raise UserError(f'{path}: peft_type is {kind!r}; LORA and PROMPT_TUNING are supported')
-        for key in ('use_dora', 'rank_pattern', 'alpha_pattern', 'layers_to_transform', 'exclude_modules', 'trainable_token_indices'):
-            if c.get(key):
-                raise UserError(f'{path}: {key} is set, which nanocls does not support')
-        if c.get('bias', 'none') != 'none':
-            raise UserError(f'{path}: bias is {c["bias"]!r}; only "none" is supported')
-        targets = c['target_modules']                               # a list in any order, or one regular expression
-        return dict(r=int(c['r']), alpha=float(c['lora_alpha']), dropout=float(c.get('lora_dropout', 0.0)),
-                    targets=targets if isinstance(targets, str) else sorted(targets), rslora=bool(c.get('use_rslora')))
-    except (KeyError, TypeError, ValueError) as e:
-        raise UserError(f'{path}: a field is missing or malformed ({e})')
+
+    def field(key, kinds, holds=lambda v: True, default=None):
+        value = c.get(key, default)
+        if type(value) not in kinds or not holds(value):
+            raise UserError(f'{path}: the field {key} is {"malformed: " + repr(value) if key in c else "missing"}; restore the file')
+        return value
+    if kind == 'PROMPT_TUNING':
+        return dict(n=field('num_virtual_tokens', [int], lambda n: 0 < n < 10**7))
+    if kind != 'LORA':
+        raise UserError(f'{path}: peft_type is {kind!r}; LORA and PROMPT_TUNING are supported')
+    for key in ('use_dora', 'rank_pattern', 'alpha_pattern', 'layers_to_transform', 'exclude_modules', 'trainable_token_indices'):
+        if c.get(key):
+            raise UserError(f'{path}: {key} is set, which nanocls does not support')
+    if c.get('bias', 'none') != 'none':
+        raise UserError(f'{path}: bias is {c["bias"]!r}; only "none" is supported')
+    targets = field('target_modules', [str, list], lambda t: t and all(isinstance(one, str) for one in t))    # in any order, or a regular expression
+    return dict(r=field('r', [int], lambda r: 0 < r < 10**7), alpha=float(field('lora_alpha', [int, float], lambda a: abs(a) < 1e6)),
+                dropout=float(field('lora_dropout', [int, float], lambda p: 0 <= p < 1, 0.0)),
+                targets=targets if isinstance(targets, str) else sorted(targets), rslora=bool(field('use_rslora', [bool, type(None)])))
 
 
 def fill(model, tensors, names, folder, at=None):
@@ -308,11 +340,26 @@ def default_lr(args):
     return LR_NANO if (args.model, args.method) == ('nano', 'lora') else LR.get(args.method)
 
 
+def strange_flags(args, saved):
+    """Names of the flags in `saved`, from a file, whose values are of no type that the parsed flags `args` can have."""
+    def fits(name, value):
+        mine = getattr(args, name, None)
+        if name == 'targets':
+            return isinstance(value, str) or isinstance(value, list) and all(isinstance(t, str) for t in value)
+        if name == 'method':
+            return value in (*METHODS['cls'], *METHODS['gen'], 'pretrain')
+        return value is None or isinstance(value, (str, int, float) if mine is None else (int, float) if type(mine) in (int, float) else type(mine))
+    return [name for name, value in saved.items() if not fits(name, value)] if isinstance(saved, dict) else ['args']
+
+
 def resumed(args, given, saved):
     """The flags of an interrupted run (a dictionary), its folder as it is called now. A flag that was typed and differs is refused."""
     strange = [name for name in vars(args) if name not in saved]
     if strange:
         raise UserError(f'{args.out} was not started by this script and version (its flags lack --{strange[0]}); go on with the one that did')
+    strange = strange_flags(args, saved)
+    if strange:
+        raise UserError(f'{args.out} is damaged: its flag --{strange[0]} is malformed; start the run again')
     for name in given - {'resume', 'out'}:
         if getattr(args, name) != saved[name]:
             raise UserError(f'--{name} {getattr(args, name)} differs from the interrupted run\'s {saved[name]}; a resumed run keeps its flags')
@@ -382,7 +429,11 @@ class Run:
     kind = 'cls'
     answers = None
 
-    def __init__(self, path, info, model, device, dtype, reason):
+    def __init__(self, path, info, model, device, dtype, reason, front=0):
+        """front: positions that stand in front of a text, or behind it, besides the model's own prompt vectors."""
+        room = model.cfg.block_size - front - (0 if model.prompt is None else model.prompt.shape[-2])
+        if info['args']['max_length'] > room:
+            raise UserError(f'{path}/run.json: max_length {info["args"]["max_length"]} does not fit, the model has room for {room} tokens of a text')
         self.path, self.info, self.labels, self.args = path, info, info['labels'], info['args']
         self.device, self.dtype, self.reason = device, dtype, reason
         self.model = gpt.place(model.requires_grad_(False), device, dtype).eval()
@@ -412,7 +463,8 @@ class GenRun(Run):
     kind = 'gen'
 
     def __init__(self, path, info, passes, answers, device, dtype, reason):
-        super().__init__(path, info, passes[0][0], device, dtype, reason)
+        front = 1 + max(map(len, [context for _, context in passes] + list((answers or {}).values())))
+        super().__init__(path, info, passes[0][0], device, dtype, reason, front)
         for model, _ in passes[1:]:
             if model is not self.model:
                 gpt.place(model.requires_grad_(False), device, dtype).eval()
@@ -449,6 +501,8 @@ class GenRun(Run):
 
     def likelihood_quantile(self, q):
         """The nats_per_token below which the share q of the validation texts lies."""
+        if not self.info.get('likelihood_quantiles'):
+            raise UserError(f'{self.path} holds no likelihoods to compare with; end its training: python train_gen.py --resume --out {self.path}')
         return float(np.interp(q, np.linspace(0, 1, 101), self.info['likelihood_quantiles']))
 
     @torch.no_grad()
@@ -504,9 +558,56 @@ def read_run(path):
     if isinstance(info, dict) and info.get('kind') == 'lm':
         raise UserError(f'{path} is a language model (--pretrain), not a classifier; train one over it with --model {path}')
     if (not isinstance(info, dict) or not all(k in info for k in ('labels', 'method', 'args', 'base'))
-            or info['method'] not in METHODS.get(info.get('kind', 'cls'), ())):
+            or info['method'] not in METHODS.get(str(info.get('kind', 'cls')), ())):
         raise UserError(f'{path}/run.json is not one that train_cls.py or train_gen.py wrote')
+    wrong = malformed(info)
+    if wrong:
+        raise UserError(f'{path}/run.json is damaged: {wrong} is missing or malformed; restore the file, or train the run again')
     return info
+
+
+def malformed(info):
+    """The first field of a run.json that is not as a training script writes it, None if all are: of what a run is opened and scored by."""
+    args, labels, base, method, gen = info['args'], info['labels'], info['base'], info['method'], info.get('kind') == 'gen'
+
+    def text(x):
+        return isinstance(x, str) and len(x) > 0
+
+    def number(x, low=-1e30, high=1e30):                            # NaN is none
+        return type(x) in (int, float) and low <= x <= high
+
+    def whole(x):
+        return type(x) is int and 0 < x < 10**9
+
+    def by_label(x, holds):
+        return isinstance(x, dict) and all(label in x and holds(x[label]) for label in labels)
+    if not (isinstance(labels, list) and len(labels) > 1 and all(isinstance(x, str) for x in labels) and len(set(labels)) == len(labels)):
+        return 'labels'
+    if not isinstance(args, dict):
+        return 'args'
+    for names, holds in (('max_length', whole), ('truncate', lambda x: x in ('head', 'tail')), ('data', text), ('seed', lambda x: type(x) is int),
+                         ('data_dir val test text_col label_col', lambda x: x is None or text(x)), ('max_samples', lambda x: x is None or whole(x)),
+                         ('balance quick', lambda x: type(x) is bool), ('bottleneck' if method == 'adapter' else '', whole),
+                         ('direct' if method == 'zero_shot' else '', lambda x: type(x) is bool)):
+        for name in names.split():
+            if name not in args or not holds(args[name]):
+                return name
+    if (gen or method in ('lora', 'adapter', 'prompt')) and not (isinstance(base, dict) and text(base.get('name')) and (
+            base.get('sha256', 0) is None or text(base.get('sha256')))):
+        return 'base'
+    if gen:
+        fits, quantiles, pending = info.get('calibration'), info.get('likelihood_quantiles'), info.get('pending', {})
+        for name, sane in dict(
+                folders=method == 'zero_shot' or by_label(info.get('folders'), lambda x: text(x) and x == os.path.basename(x) not in ('.', '..')),
+                prior=by_label(info.get('prior'), lambda x: number(x, 1e-12, 1)),
+                prompts=method != 'zero_shot' or by_label(info.get('prompts'), text),
+                calibration=fits is None or isinstance(fits, dict) and number(fits.get('tau'), 1e-12) and by_label(fits.get('bias'), number),
+                pending=isinstance(pending, dict),
+                likelihood_quantiles=quantiles is None or (
+                    isinstance(quantiles, list) and len(quantiles) == 101 and all(map(number, quantiles)))).items():
+            if not sane:
+                return name
+    return None
 
 
 def base_of(path, info):
@@ -528,7 +629,7 @@ def class_folder(path, info, label):
     record = os.path.join(folder, 'class.json')                     # written last
     if not os.path.isfile(record):
         raise UserError(f'{path} lacks the class {label!r} (no {record}); train it with: python train_gen.py --resume --out {path}')
-    found, wanted = data.read_json(record).get('base'), info['base']['sha256']
+    found, wanted = data.read_object(record).get('base'), info['base']['sha256']
     if found != wanted:
         raise UserError(f'{folder} was trained over another base model (sha256 {str(found)[:12]}...) than the rest of the run '
                         f'({str(wanted)[:12]}...); train it again with: python train_gen.py --class_id "{label}" --out {path}')
@@ -547,8 +648,9 @@ def open_run(path, device='auto', dtype='auto'):
     else:
         model = GPT.load(base_of(path, info), num_labels=len(labels), new_head=True, data_dir=args['data_dir'])
         if method == 'adapter':
-            adapt(model, method, bottleneck=args['bottleneck'])
-            fill(model, gpt.load_safetensors(os.path.join(path, 'adapter.safetensors')), {n: n for n in trainables(model)}, path)
+            tensors = gpt.load_safetensors(os.path.join(path, 'adapter.safetensors'))
+            add_filled(model, lambda m: adapt(m, method, bottleneck=args['bottleneck']),
+                       lambda m: fill(m, tensors, {n: n for n in trainables(m)}, path))
         else:
             load_peft(path, model)
     return Run(path, info, model, device, dtype, reason)

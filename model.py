@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+import pickletools
 import re
 import signal
 import struct
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -339,6 +341,7 @@ class GPT(nn.Module):
 DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'I64': torch.int64,
           'I32': torch.int32, 'I16': torch.int16, 'I8': torch.int8, 'U8': torch.uint8, 'BOOL': torch.bool}
 DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
+PICKLED = re.compile(r'torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict')      # all that tensors need
 
 
 def load_safetensors(path):
@@ -365,11 +368,11 @@ def load_safetensors(path):
     for name, info in header.items():
         try:
             dtype, shape, (start, end) = DTYPES[info['dtype']], info['shape'], info['data_offsets']
-            count = math.prod(shape)
-            sane = all(type(v) is int and v >= 0 for v in [*shape, start, end])
+            sane = len(shape) <= 64 and all(type(v) is int and 0 <= v < 2**48 for v in [*shape, start, end])
         except (KeyError, TypeError, ValueError):
             raise broken(f'entry {name!r} is malformed or of an unknown dtype')
         item = torch.empty(0, dtype=dtype).element_size()
+        count = math.prod(shape) if sane else -1                    # not before: the product of what is no number can be endless
         if not sane or end - start != count * item or end > size - 8 - n:
             raise broken(f'entry {name!r} does not fit the file')
         spans.append((start, end))
@@ -411,16 +414,42 @@ def check_tensors(tensors, shapes, complaint):
         raise UserError(f'{complaint}: ' + '; '.join(bad[:8]) + (f'; and {len(bad) - 8} more' if len(bad) > 8 else ''))
 
 
-def load_bin(path):
-    """{name: tensor} of a pytorch_model.bin; weights_only, so no code of the file is ever run."""
+def load_pickle(path, advice, mapped):
+    """What torch.save wrote; weights_only, so no code of the file is ever run. Every tensor in it is as large as it claims."""
     try:
-        tensors = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as z:                            # torch.save never compresses: what is larger than the file is a trap
+            if sum(max(info.file_size, info.compress_size) for info in z.infolist()) > os.path.getsize(path):
+                raise ValueError('it claims to hold more than its size')
+            if not mapped and z.testzip():                          # torch does not look at the checksums
+                raise ValueError('damaged')
+            for info in z.infolist():                               # weights_only would still let bytearray take 10 GB
+                if info.filename.endswith('.pkl') and (info.file_size > data.MAX_MEMBER or not all(
+                        PICKLED.fullmatch(arg) for op, arg, _ in pickletools.genops(z.read(info)) if op.name == 'GLOBAL')):
+                    raise ValueError('it names more than tensors')
+        saved = torch.load(path, map_location='cpu', weights_only=True, mmap=mapped)
+        todo, seen = [saved], set()
+        while todo:
+            x = todo.pop()
+            if id(x) in seen:
+                continue
+            seen.add(id(x))
+            if isinstance(x, torch.Tensor):
+                if x.layout != torch.strided or x.is_quantized or x.device.type != 'cpu' or x.dtype not in DTYPE_NAMES:
+                    raise TypeError('a tensor of a strange kind')
+                if x.numel() * x.element_size() > x.untyped_storage().nbytes():          # one value repeated 10^12 times fits into any file
+                    raise ValueError('a tensor that repeats itself')
+            todo += x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()
     except OSError as e:
         raise UserError(f'cannot read {path}: {e.strerror or e}')
     except Exception as e:                                          # torch raises half a dozen types for files that are no checkpoint
-        raise UserError(f'{path} is not a checkpoint that can be read without running code from it ({type(e).__name__}); '
-                        'save it again as model.safetensors')
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise UserError(f'{path} is not a checkpoint that can be read without running code from it ({type(e).__name__}); {advice}')
+    return saved
+
+
+def load_bin(path):
+    """{name: tensor} of a pytorch_model.bin."""
+    tensors = load_pickle(path, 'save it again as model.safetensors', mapped=True)
+    if not isinstance(tensors, dict) or not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()):
         raise UserError(f'{path} does not hold a plain dictionary of tensors')
     return tensors
 
@@ -443,8 +472,9 @@ def weight_files(folder):
             return [os.path.join(folder, name)]
         index = os.path.join(folder, name + '.index.json')
         if os.path.isfile(index):
-            weight_map = data.read_json(index).get('weight_map')
-            shards = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+            weight_map = data.read_object(index).get('weight_map')
+            names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+            shards = sorted(set(names)) if all(isinstance(s, str) for s in names) else names
             for s in shards:
                 if not isinstance(s, str) or os.path.basename(s) != s or not os.path.isfile(os.path.join(folder, s)):
                     raise UserError(f'{index} names {s!r}, which is not a file of that folder')
@@ -466,16 +496,16 @@ def read_config(folder, tensors, where):
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
         layers = {n.split('.')[1] for n in tensors if n.startswith('h.')}
-        width = tensors['wte.weight'].shape[-1] if 'wte.weight' in tensors else 0
+        width = next(iter(tensors['wte.weight'].shape[1:]), 0) if 'wte.weight' in tensors else 0
         for name, cfg in SHAPES.items():
             if where == name or (where not in SHAPES and (cfg.n_layer, cfg.n_embd) == (len(layers), width)):
                 return cfg
         raise UserError(f'{folder} has no config.json, and its {len(layers)} layers of width {width} match no published GPT-2, '
                         'so the number of heads is unknown; put the config.json beside the weights')
-    c = data.read_json(path)
+    c = data.read_object(path)
     for key, value in dict(model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5, n_inner=None, scale_attn_weights=True,
                            scale_attn_by_inverse_layer_idx=False, add_cross_attention=False, tie_word_embeddings=True).items():
-        if c.get(key, value) != value and not (key == 'n_inner' and c[key] == 4 * c.get('n_embd', 0)):
+        if c.get(key, value) != value and not (key == 'n_inner' and type(c.get('n_embd')) is int and c[key] == 4 * c['n_embd']):
             raise UserError(f'{path}: {key} is {c[key]!r}, but this model is GPT-2, where it is {value!r}')
     try:
         sizes = [c['n_layer'], c['n_head'], c['n_embd'], c.get('n_positions', c.get('n_ctx')), c['vocab_size']]
@@ -830,21 +860,30 @@ def load_resume(out):
     path = os.path.join(out, 'resume.pt')
     if not os.path.isfile(path):
         raise UserError(f'--resume: {out} holds no interrupted run (no resume.pt)')
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e:                                          # torch raises half a dozen types for a broken file
-        raise UserError(f'{path} cannot be read ({type(e).__name__}); remove it and start the run again')
+    saved = load_pickle(path, 'remove it and start the run again', mapped=False)
+    if not isinstance(saved, dict) or not isinstance(saved.get('args'), dict) or type(saved.get('step')) is not int or saved['step'] < 0:
+        raise UserError(f'{path} is not what a training script writes; remove it and start the run again')
+    return saved
 
 
 def restore(saved, params, opt, scaler):
     """Put a saved state back -> (steps done, best score so far)."""
-    if saved['step']:
-        with torch.no_grad():
-            for n, p in params.items():
-                p.copy_(saved['params'][n])
-        opt.load_state_dict(saved['opt'])
-        scaler.load_state_dict(saved['scaler'])
-    return saved['step'], saved['best']
+    try:
+        if saved['step']:
+            with torch.no_grad():
+                for n, p in params.items():
+                    p.copy_(saved['params'][n])
+            opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=opt.state_dict()['param_groups']))      # the settings are the flags'
+            for p in params.values():
+                state = opt.state.get(p, {})
+                if state and {k: t.shape for k, t in state.items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
+                    raise ValueError('a state of another shape')
+            scaler.load_state_dict(saved['scaler'])
+        if saved['best'] is not None and not all(type(v) in (int, float) for v in [*saved['best']]):
+            raise ValueError('a score that is no number')
+        return saved['step'], saved['best']
+    except Exception as e:                                          # torch raises half a dozen types for what does not fit
+        raise UserError(f'resume.pt does not fit this run ({type(e).__name__}); remove it and start the run again')
 
 
 def seed_step(seed, step):
@@ -859,9 +898,9 @@ class Log:
         self.extra = extra or {}                                    # what every line says besides
         self.path, self.max_steps, self.tty = os.path.join(out, 'log.jsonl'), max_steps, sys.stdout.isatty()
         lines = []
-        if resumed_at and os.path.isfile(self.path):                                              # lines of steps that will be done again are dropped
-            with open(self.path, encoding='utf-8') as f:
-                lines = [line for line in f if line.endswith('\n') and json.loads(line)['step'] <= resumed_at]
+        if resumed_at and os.path.isfile(self.path):                # lines of steps that will be done again are dropped
+            with open(self.path, encoding='utf-8', errors='replace') as f:
+                lines = [line for line in f if line.endswith('\n') and (data.log_row(line) or {}).get('step', resumed_at + 1) <= resumed_at]
         data.write_atomic(self.path, ''.join(lines))
 
     def __call__(self, seconds_per_step=0.0, **record):

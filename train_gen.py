@@ -156,6 +156,9 @@ def inherit(args, given):
         raise UserError(f'--class_id: {args.out} is no generative run of --lora or --full, so it has no class that can be trained alone')
     if given & {'lora', 'full'} and args.method != info['method']:
         raise UserError(f'--{args.method}: {args.out} was trained with --{info["method"]}; its classes must be alike')
+    strange = lora.strange_flags(args, info.get('pending', info['args']))
+    if strange:
+        raise UserError(f'{args.out}/run.json is damaged: its flag --{strange[0]} is malformed; restore the file, or train the run again')
     for name, value in info.get('pending', info['args']).items():
         if name in ('class_id', 'resume', 'out', 'posterior_steps', 'posterior_lr'):
             continue
@@ -201,10 +204,10 @@ def promote(done, out):
             os.rename(os.path.join(done, folder), os.path.join(out, folder))
     log, merged, whole = os.path.join(done, 'log.jsonl'), os.path.join(done, 'merged.jsonl'), os.path.join(out, 'log.jsonl')
     if os.path.isfile(log):
-        before = data.read_bytes(whole).decode() if os.path.isfile(whole) else ''
-        steps = json.loads(before.splitlines()[-1])['step'] if before else 0
-        lines = [json.loads(line) for line in data.read_bytes(log).decode().splitlines()]
-        data.write_atomic(merged, before + ''.join(json.dumps({**r, 'step': steps + r['step']}) + '\n' for r in lines))
+        before, new = ([r for r in map(data.log_row, data.read_bytes(path).decode('utf-8', 'replace').splitlines()) if r]
+                       if os.path.isfile(path) else [] for path in (whole, log))
+        steps = before[-1]['step'] if before else 0
+        data.write_atomic(merged, ''.join(json.dumps(r) + '\n' for r in before + [{**r, 'step': steps + r['step']} for r in new]))
         os.remove(log)
     if os.path.isfile(merged):
         os.replace(merged, whole)
@@ -342,7 +345,7 @@ def main(argv=None):
         """Was this phase of an interrupted run done already?"""
         if kind == 'pretrain' or not all(finished(args.out, folders[one]) for one in ([label] if kind == 'class' else labels)):
             return False
-        return kind != 'posterior' or all('posterior_steps' in data.read_json(os.path.join(args.out, folders[one], 'class.json')) for one in labels)
+        return kind != 'posterior' or all('posterior_steps' in data.read_object(os.path.join(args.out, folders[one], 'class.json')) for one in labels)
     if saved:
         resumed = os.path.normpath(saved['work'] or '')
         phases = [phase for phase in phases if os.path.normpath(work_of(*phase)) == resumed or not done(*phase)]
