@@ -119,7 +119,7 @@ def main(argv=None):
     data.make_folder(args.out)
     trained, total = lora.count(model)
     info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed, labels=ds.labels,
-                base=lora.base_info(args, args.out, model), rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')},
+                base=lora.base_info(args, args.out, model, ds.labels), rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')},
                 args=vars(args), parameters=dict(trainable=trained, total=total),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     gpt.place(model, device, dtype)
@@ -168,7 +168,7 @@ def main(argv=None):
         return (m['accuracy'], -m['nll']), dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
 
     def save_best(results):
-        lora.save_weights(args.out, model, args.method, ds.labels, info['base']['name'])
+        lora.save_weights(args.out, model, args.method, ds.labels, lora.peft_base(args.out, info))
         data.write_json(os.path.join(args.out, 'run.json'), {**info, 'results': results})
 
     def keep(step, best):
