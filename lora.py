@@ -687,8 +687,9 @@ def export(path, folder):
     if run.kind == 'gen':
         parts = [(run.info['folders'][label], run.passes[0 if run.model.classes else i][0], i if run.model.classes else None)
                  for i, label in enumerate(run.labels)]
-    files = {'tokenizer_config.json': json.dumps(dict(model_max_length=run.args['max_length'], truncation_side='right' if run.args['truncate'] == 'head' else 'left',
-                                                      tokenizer_class='GPT2Tokenizer', pad_token=data.EOT))}
+    side = 'right' if run.args['truncate'] == 'head' else 'left'    # transformers names the end that is cut off
+    files = {'tokenizer_config.json': json.dumps(dict(model_max_length=run.args['max_length'], truncation_side=side, pad_token=data.EOT,
+                                                      tokenizer_class='GPT2Tokenizer'))}
     if tokenizer_name(run.model) == 'gpt2':                         # OpenAI's two files under the names that transformers looks for
         files.update({name: data.read_bytes(data.find(f'gpt2_bpe/{source}', run.args['data_dir']))
                       for name, source in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe'))})
