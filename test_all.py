@@ -1971,6 +1971,8 @@ def test_folders_that_are_no_classifier():
                            (dict(lora_bias=True), 'lora_bias'), (dict(exclude_modules=['h.0.attn.c_attn']), 'exclude_modules'),
                            (dict(modules_to_save=['score', 'ln_f']), 'ln_f.weight is unexpected')):
         raises(UserError, lora.open_run, their_adapter(**{**dict(r=2, target_modules=['c_attn']), **options}), match=match)
+    folder = their_adapter(r=2, target_modules=['c_attn'], task_type=None)              # PEFT does not add the head by itself then
+    raises(UserError, lora.open_run, folder, match='lacks base_model.model.score.weight: the adapter was saved without its class head')
     raises(UserError, lora.open_run, their_adapter('IA3Config', target_modules=['c_attn'], feedforward_modules=[]), match='IA3')
     folder = tmp()
     data.write_json(os.path.join(folder, 'config.json'), dict(model_type='gpt2'))
@@ -2072,7 +2074,7 @@ def test_export_is_all_or_nothing():
         raises(UserError, predict.main, [tiny_run(run), '--export', os.path.join(place, 'x')], match='cannot be merged')
     raises(UserError, predict.main, [gen_run('prefix'), '--export', os.path.join(place, 'x')], match='cannot be merged')
     raises(UserError, predict.main, [gen_run('zero_shot'), '--export', os.path.join(place, 'x')], match='trained nothing')
-    writes = []
+    writes, out = [], gen_run('lora')
 
     def full(path, content, real=data.write_atomic):
         writes.append(path)
@@ -2080,7 +2082,7 @@ def test_export_is_all_or_nothing():
             raise UserError(f'cannot write {path}')
         real(path, content)
     with patched(data, 'write_atomic', full):
-        raises(UserError, predict.main, [gen_run('lora'), '--export', os.path.join(place, 'x')], match='cannot write')
+        raises(UserError, predict.main, [out, '--export', os.path.join(place, 'x')], match='cannot write')
     assert len(writes) == 5 and os.listdir(place) == []
     raises(UserError, predict.main, [tiny_run('full'), '--export', os.path.join(write('file', 'x', place), 'x')], match='cannot write')
     assert os.listdir(place) == ['file']
