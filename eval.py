@@ -266,12 +266,11 @@ def own_data(info, data_dir):
 def score(args, out):
     """Every run on the same rows -> data set, label names, y (N,), and run_metrics() of each run."""
     import lora   # here, because torch takes seconds to import and --preds does without it
-    infos = [lora.read_run(path) for path in args.run]
-    first, labels = infos[0]["args"], infos[0]["labels"]
-    for path, info in zip(args.run, infos):
-        if sorted(info["labels"]) != sorted(labels):
-            raise UserError(f"{path} has the labels {listing(info['labels'])}, {args.run[0]} has {listing(labels)}: "
-                            "compare runs with the same labels")
+    infos = [lora.info_of(path) for path in args.run]
+    first = infos[0]["args"]
+    if not (first["data"] or args.data or args.test):
+        raise UserError(f"{args.run[0]} was not trained here, so it has no data of its own: name it with --data NAME, or score "
+                        "every row of a labelled file with --test FILE")
     files = dict(text_col=args.text_col, label_col=args.label_col, data_dir=args.data_dir or first["data_dir"])
     if args.data:
         balance = first["balance"] and args.data == first["data"]   # else test could hold rows it was trained on
@@ -283,6 +282,19 @@ def score(args, out):
     texts, y = getattr(ds, args.split).texts, getattr(ds, args.split).y
     if not len(y):
         raise UserError(f"--split {args.split} of {ds.name} has no rows: choose another split")
+    for path, info in zip(args.run, infos):
+        k = len(info["labels"])
+        if info["labels"] == [f"LABEL_{i}" for i in range(k)] and not set(ds.labels) <= set(info["labels"]):    # not named by anyone
+            if k != len(ds.labels):
+                raise UserError(f"{path} does not name its {k} classes, and {ds.name} has {len(ds.labels)} ({listing(ds.labels)}): "
+                                "write their names into id2label in its config.json")
+            print(f"{path} does not name its classes; taken in the order of {ds.name}: {listing(ds.labels)}", file=out)
+            info["labels"] = ds.labels
+    labels = infos[0]["labels"]
+    for path, info in zip(args.run, infos):
+        if sorted(info["labels"]) != sorted(labels):
+            raise UserError(f"{path} has the labels {listing(info['labels'])}, {args.run[0]} has {listing(labels)}: "
+                            "compare runs with the same labels")
     strange = sorted({ds.labels[i] for i in np.unique(y)} - set(labels))
     if strange:
         raise UserError(f"{ds.name} has labels that {args.run[0]} does not know ({listing(strange)}; it knows "
@@ -291,10 +303,13 @@ def score(args, out):
     every = []
     for path, info in zip(args.run, infos):
         run = lora.open_run(path, device=args.device, dtype=args.dtype)
+        run.labels = info["labels"]
         print(f"{path}: {info['method']}, {ds.name} {args.split}, {len(y):,} texts "
               f"({run.device}, {str(run.dtype)[6:]}: {run.reason})", file=out)
         split_by = ("data", "seed", "val", "test", "balance")
-        if not args.data and not args.test and any(info["args"][key] != first[key] for key in split_by):
+        if not info["args"]["data"]:
+            print("  not trained here: whether it has seen some of these texts in training is not known", file=out)
+        elif not args.data and not args.test and any(info["args"][key] != first[key] for key in split_by):
             seen = set(own_data(info, args.data_dir).train.texts)
             print(f"  trained on another split; {sum(t in seen for t in texts):,} of these texts were in it", file=out)
         if run.kind == "gen":

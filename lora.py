@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -71,9 +72,10 @@ class LoRA(nn.Module):
         a = F.linear(x, self.A) * self.scale                        # (..., r)
         return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), self.B.t()).view(y.shape)            # the sum costs no pass of its own
 
-    def delta(self):
-        """scale * B A in float32, in the layout of the base weight."""
-        d = self.scale * (self.B.detach().float() @ self.A.detach().float())                        # (out, in)
+    def delta(self, at=None):
+        """scale * B A in float32, in the layout of the base weight. at: which class, of K."""
+        A, B = (t.detach().float() if at is None else t.detach()[at].float() for t in (self.A, self.B))
+        d = self.scale * (B @ A)                                    # (out, in)
         return (d.t() if isinstance(self.base, Conv1D) else d).cpu()
 
 
@@ -96,28 +98,28 @@ class Adapter(nn.Module):
 WRAPPER = re.compile(r'\.(base|sub)\.')                             # what wrapping adds to a weight's name
 
 
-def add_lora(model, r, alpha, dropout, targets, rslora=False, classes=0, top=None):
+def add_lora(model, r, alpha, dropout, targets, rslora=False, classes=0, top=None, layers=None, spare=False):
     """Wrap every Conv1D / nn.Linear of the blocks whose name is, or ends with, one of `targets` (PEFT's rule), or matches it as a regular
     expression if `targets` is a string. Scale alpha / r, or alpha / sqrt(r) with rslora. classes: K updates in one layer, of a
-    model that reads every text K times; 0 = one. top: in the last so many blocks alone. -> names wrapped.
-    Raises UserError for a target that matches nothing, listing what there is."""
+    model that reads every text K times; 0 = one. top: in the last so many blocks alone; layers: in the blocks of these numbers alone.
+    -> names wrapped. Raises UserError for a target that matches nothing, listing what there is; spare: only where all of them do."""
     if (top or 0) > model.cfg.n_layer:
         raise UserError(f'--top {top}: this model has {model.cfg.n_layer} blocks')
-    layers = {f'h.{i}.{n}': m for i, block in enumerate(model.h) if not top or i >= len(model.h) - top
-              for n, m in block.named_modules() if isinstance(m, (Conv1D, nn.Linear))}
+    found = {f'h.{i}.{n}': m for i, block in enumerate(model.h) if (not top or i >= len(model.h) - top) and (layers is None or i in layers)
+             for n, m in block.named_modules() if isinstance(m, (Conv1D, nn.Linear))}
     if isinstance(targets, str):
-        hits = {targets: matching(targets, layers)}
+        hits = {targets: matching(targets, found)}
     else:
-        hits = {t: [n for n in layers if n == t or n.endswith('.' + t) or n == t.replace('transformer.', '', 1)] for t in targets}
+        hits = {t: [n for n in found if n == t or n.endswith('.' + t) or n == t.replace('transformer.', '', 1)] for t in targets}
     for t, names in hits.items():
-        if not names:
-            there = sorted({n.split('.', 2)[2] for n in layers})
+        if not names and not (spare and any(hits.values())):
+            there = sorted({n.split('.', 2)[2] for n in found})
             raise UserError(f'--targets: {t!r} matches no layer of this model; there are {", ".join(there)}')
     chosen = {n for names in hits.values() for n in names}
-    names = [n for n in layers if n in chosen]                      # in the model's order
+    names = [n for n in found if n in chosen]                       # in the model's order
     for n in names:
         parent, _, child = n.rpartition('.')
-        setattr(model.get_submodule(parent), child, LoRA(layers[n], r, alpha / (math.sqrt(r) if rslora else r), dropout, classes))
+        setattr(model.get_submodule(parent), child, LoRA(found[n], r, alpha / (math.sqrt(r) if rslora else r), dropout, classes))
     model.classes, model.split = classes, min(int(n.split('.')[1]) for n in names)
     return names
 
@@ -196,15 +198,15 @@ def describe(model, wrapped):
     return [f'  {k} times {line}' for line, k in rows.items()] + [f'training {train:,} of {total:,} parameters ({100 * train / total:.2f} %)']
 
 
-def merged_state(model):
-    """{name: float32 tensor} of the plain GPT-2 with every LoRA product added to its float32 base weight. An explicit verb: training and
-    evaluation never merge. Adapters and prompt vectors have no merged form: UserError."""
+def merged_state(model, at=None):
+    """{name: float32 tensor} of the plain GPT-2 with every LoRA product added to its float32 base weight. at: which class's, of a model with
+    classes. An explicit verb: training and evaluation never merge. Adapters and prompt vectors have no merged form: UserError."""
     if model.prompt is not None or any(isinstance(m, Adapter) for m in model.modules()):
         raise UserError('adapters and prompt vectors are extra computation and cannot be merged into GPT-2; only --lora can')
     state = model.float32_state()
     for name, m in model.named_modules():
         if isinstance(m, LoRA):
-            state[name + '.base.weight'] = state[name + '.base.weight'] + m.delta()
+            state[name + '.base.weight'] = state[name + '.base.weight'] + m.delta(at)
             del state[name + '.A'], state[name + '.B']
     return {WRAPPER.sub('.', n): t for n, t in state.items()}
 
@@ -260,10 +262,16 @@ def load_peft(folder, model, classes=0):
             raise UserError(f'{one}: {differ[0]} is {config[differ[0]]}, but {configs[0].get(differ[0])} in {folders[0]}; '
                             'the adapters of one classifier must agree')
 
+    def add_all(model):
+        if 'r' in configs[0]:
+            add_lora(model, **configs[0], classes=classes, spare=True)  # PEFT skips targets that match nothing; the tensors must fit anyway
+        else:
+            add_prompt(model, **configs[0], classes=classes)
+
     def fill_all(model):
         for i, one in enumerate(folders):
-            fill(model, gpt.load_safetensors(os.path.join(one, 'adapter_model.safetensors')), peft_names(model), one, i if classes else None)
-    add_filled(model, lambda m: (add_lora if 'r' in configs[0] else add_prompt)(m, **configs[0], classes=classes), fill_all)
+            fill(model, adapter_tensors(one), peft_names(model), one, i if classes else None)
+    add_filled(model, add_all, fill_all)
 
 
 def add_filled(model, add, fill):
@@ -274,6 +282,20 @@ def add_filled(model, add, fill):
     fill(outline)
     add(model)
     fill(model)
+
+
+def adapter_tensors(folder):
+    """{name: tensor} of a PEFT folder; versions before 0.7 wrote a .bin."""
+    path = os.path.join(folder, 'adapter_model.bin')
+    if os.path.isfile(path) and not os.path.isfile(os.path.join(folder, 'adapter_model.safetensors')):
+        return gpt.load_bin(path)
+    return gpt.load_safetensors(os.path.join(folder, 'adapter_model.safetensors'))
+
+
+# fields of a LoraConfig that are honoured here, or that say nothing about what the adapter computes; any other that is set is refused
+PEFT_FIELDS = set('''peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules lora_alpha
+    lora_dropout fan_in_fan_out bias use_rslora modules_to_save init_lora_weights layers_to_transform layers_pattern megatron_core
+    qalora_group_size ensure_weight_tying'''.split())
 
 
 def peft_config(folder):
@@ -291,15 +313,20 @@ def peft_config(folder):
         return dict(n=field('num_virtual_tokens', [int], lambda n: 0 < n < 10**7))
     if kind != 'LORA':
         raise UserError(f'{path}: peft_type is {kind!r}; LORA and PROMPT_TUNING are supported')
-    for key in ('use_dora', 'rank_pattern', 'alpha_pattern', 'layers_to_transform', 'exclude_modules', 'trainable_token_indices'):
-        if c.get(key):
+    for key, value in c.items():
+        if value and key not in PEFT_FIELDS:
             raise UserError(f'{path}: {key} is set, which nanocls does not support')
+    start = c.get('init_lora_weights')
+    if isinstance(start, str) and start not in ('gaussian', 'orthogonal', 'eva'):
+        raise UserError(f'{path}: init_lora_weights is {start!r}, which changes the base model; merge the adapter into it with PEFT first')
     if c.get('bias', 'none') != 'none':
         raise UserError(f'{path}: bias is {c["bias"]!r}; only "none" is supported')
     targets = field('target_modules', [str, list], lambda t: t and all(isinstance(one, str) for one in t))    # in any order, or a regular expression
+    layers = field('layers_to_transform', [int, list, type(None)], lambda x: not isinstance(x, list) or all(type(i) is int for i in x))
     return dict(r=field('r', [int], lambda r: 0 < r < 10**7), alpha=float(field('lora_alpha', [int, float], lambda a: abs(a) < 1e6)),
                 dropout=float(field('lora_dropout', [int, float], lambda p: 0 <= p < 1, 0.0)),
-                targets=targets if isinstance(targets, str) else sorted(targets), rslora=bool(field('use_rslora', [bool, type(None)])))
+                targets=targets if isinstance(targets, str) else sorted(targets), rslora=bool(field('use_rslora', [bool, type(None)])),
+                layers=[layers] if isinstance(layers, int) else layers or None)
 
 
 def fill(model, tensors, names, folder, at=None):
@@ -392,16 +419,16 @@ def free_folder(name, method):
     return next(path for path in itertools.chain([first], numbered) if not os.path.exists(path))
 
 
-def base_info(args, out, model):
+def base_info(args, out, model, labels=None):
     """What run.json says of the base model, and the base itself where the run would be lost without it: a random one (--scratch) that
-    stays frozen is written to out/base, a small one is copied there."""
+    stays frozen is written to out/base, a small one is copied there. labels go into its config.json: PEFT asks the base for the names."""
     base = os.path.join(out, 'base')
     stays = args.method in ('lora', 'adapter', 'prompt', 'zero_shot')    # the other methods save every weight
     if args.scratch:
         if stays:
             frozen = {WRAPPER.sub('.', n): t for n, t in model.float32_state().items() if n not in trainables(model)}
             data.make_folder(base)
-            gpt.save_hf(base, model, state=frozen)
+            gpt.save_hf(base, model, labels, frozen)
         return dict(name=f'{args.model} --scratch', sha256=gpt.base_sha256(base) if stays else None)
     folder = gpt.model_folder(args.model, args.data_dir)
     files = gpt.weight_files(folder)
@@ -409,14 +436,23 @@ def base_info(args, out, model):
         for path in [*files, *(os.path.join(folder, f) for f in ('config.json', 'model.safetensors.index.json', 'pytorch_model.bin.index.json'))]:
             if os.path.isfile(path):
                 data.write_atomic(os.path.join(base, os.path.basename(path)), data.read_bytes(path))
+        config = os.path.join(base, 'config.json')
+        if labels and os.path.isfile(config):
+            data.write_json(config, {**data.read_json(config), **gpt.class_names(labels, model.end)})
     name = args.model if args.model in gpt.SHAPES else os.path.abspath(args.model)
     return dict(name=name, sha256=gpt.base_sha256(folder))
+
+
+def peft_base(out, info):
+    """What adapter_config.json calls the base model of a run: the folder that travels with it, or a name that PEFT can resolve."""
+    base, name = os.path.join(os.path.abspath(out), 'base'), info['base']['name']
+    return base if os.path.isdir(base) else gpt.HUB_NAMES.get(name, name)
 
 
 def save_weights(folder, model, method, labels, base_name):
     """Write what a method of train_cls.py trained, in the format other programs load: HF folder, PEFT folder, or adapter.safetensors."""
     if method in ('lora', 'prompt'):
-        save_peft(folder, model, gpt.HUB_NAMES.get(base_name, base_name))
+        save_peft(folder, model, base_name)
     elif method == 'adapter':
         gpt.save_safetensors(os.path.join(folder, 'adapter.safetensors'), {n: p.detach() for n, p in trainables(model).items()})
     else:
@@ -610,6 +646,74 @@ def malformed(info):
     return None
 
 
+def named_classes(folder):
+    """The class names in a folder's config.json, by their ids; None where it has none. transformers leaves LABEL_0, LABEL_1 out."""
+    path = os.path.join(folder, 'config.json')
+    id2label = data.read_json(path).get('id2label') if os.path.isfile(path) else None
+    if not id2label:
+        return None
+    try:
+        names = {int(i): name for i, name in id2label.items()}
+        labels = [names[i] for i in range(len(names))]
+    except (AttributeError, KeyError, ValueError):
+        labels = []
+    if not all(isinstance(name, str) for name in labels) or not 0 < len(set(labels)) == len(id2label):
+        raise UserError(f'{path}: id2label must give each of the ids 0, 1, 2, ... a name of its own')
+    return labels
+
+
+def base_named(path, name):
+    """The base model of a PEFT folder: in its own base/, at the path `name`, relative to it or not, or a published name."""
+    named = [os.path.join(path, name), name] if isinstance(name, str) and name else []
+    for folder in filter(os.path.isdir, [os.path.join(path, 'base'), *named]):
+        return folder
+    for short, full in gpt.HUB_NAMES.items():
+        if name in (short, full):
+            return short
+    raise UserError(f'{path}/adapter_config.json: base_model_name_or_path is {name!r}, which is no folder here and not one of '
+                    f'{", ".join(gpt.HUB_NAMES.values())}; write the folder of the base model there')
+
+
+def elsewhere(path):
+    """What run.json would say of a folder that transformers or PEFT wrote. UserError where it holds no classifier of this kind."""
+    config = os.path.join(path, 'config.json')
+    if os.path.isfile(os.path.join(path, 'adapter_config.json')):
+        method, c = 'lora' if 'r' in peft_config(path) else 'prompt', data.read_json(os.path.join(path, 'adapter_config.json'))
+        if c.get('task_type') not in ('SEQ_CLS', None):
+            raise UserError(f'{path} is no adapter of a classifier (its task_type is {c["task_type"]}); merge it into its base model with PEFT '
+                            'and train a classifier over that with --model')
+        base, tensors = base_named(path, c.get('base_model_name_or_path')), adapter_tensors(path)
+        head = 'base_model.score.weight' if method == 'prompt' else 'base_model.model.score.weight'
+        if head not in tensors:
+            raise UserError(f'{path} lacks {head}: the adapter was saved without its class head; train it with modules_to_save=["score"]')
+    elif os.path.isfile(config):
+        method, base, tensors, head, c = 'full', path, gpt.folder_tensors(path), 'score.weight', data.read_json(config)
+        gpt.read_config(path, tensors, path)
+        if head not in tensors and 'GPT2ForSequenceClassification' not in (c.get('architectures') or ()):
+            raise UserError(f'{path} is a language model, not a classifier (it has no score.weight); train one over it with --model {path}')
+        if c.get('problem_type') not in (None, 'single_label_classification'):
+            raise UserError(f'{config}: problem_type is {c["problem_type"]!r}; here every text has one class')
+    else:
+        raise UserError(f'{path} is not a run folder: it has no run.json (train one with train_cls.py or train_gen.py --out {path}), '
+                        'and no config.json or adapter_config.json of transformers or PEFT')
+    rows = len(tensors[head]) if head in tensors and tensors[head].dim() else 2
+    labels, of_base = named_classes(path), named_classes(base)      # PEFT's users have the names from the base
+    labels = labels or (of_base if of_base and len(of_base) == rows else [f'LABEL_{i}' for i in range(rows)])
+    if len(labels) < 2:
+        raise UserError(f'{path}: {head} has one row, which gives a number and not a class')
+    tokenizer = os.path.join(path, 'tokenizer_config.json')         # says how much of a text is read, if it was saved
+    t = data.read_json(tokenizer) if os.path.isfile(tokenizer) else {}
+    limit = t.get('model_max_length')
+    args = dict(data=None, data_dir=None, seed=1337, val=None, test=None, text_col=None, label_col=None, max_samples=None, balance=False, quick=False,
+                max_length=limit if type(limit) is int else None, truncate='tail' if t.get('truncation_side') == 'left' else 'head')
+    return dict(kind='cls', method=method, model=base, data=None, labels=labels, args=args, base=dict(name=base, sha256=None))
+
+
+def info_of(path):
+    """run.json of a run folder, or what it would say of a folder from elsewhere."""
+    return read_run(path) if os.path.isfile(os.path.join(path, 'run.json')) else elsewhere(path)
+
+
 def base_of(path, info):
     """The base model's folder or name, checked to be the one the run was trained over."""
     base = os.path.join(path, 'base')
@@ -637,8 +741,9 @@ def class_folder(path, info, label):
 
 
 def open_run(path, device='auto', dtype='auto'):
-    """A finished run folder -> Run or GenRun. Raises UserError where the folder is no run, or its base model cannot be had or is another one."""
-    info = read_run(path)
+    """A finished run folder, or one that transformers or PEFT wrote -> Run or GenRun. Raises UserError where the folder is neither, or its base
+    model cannot be had or is another one."""
+    info = info_of(path)
     method, args, labels = info['method'], info['args'], info['labels']
     device, dtype, reason = gpt.pick_device(device, dtype)
     if info.get('kind') == 'gen':
@@ -653,6 +758,8 @@ def open_run(path, device='auto', dtype='auto'):
                        lambda m: fill(m, tensors, {n: n for n in trainables(m)}, path))
         else:
             load_peft(path, model)
+    room = model.cfg.block_size - (0 if model.prompt is None else len(model.prompt))
+    args['max_length'] = min(args['max_length'] or room, room)      # a folder from elsewhere may say nothing, or 10**30
     return Run(path, info, model, device, dtype, reason)
 
 
@@ -674,3 +781,38 @@ def open_gen(path, info, device, dtype, reason):
         load_peft(folders, model, classes=len(labels))
         passes = [(model, ())]
     return GenRun(path, info, passes, answers, device, dtype, reason)
+
+
+def export(path, folder):
+    """Write the run in `path` to the new or empty `folder` as transformers folders, LoRA merged into its base in float32: a classifier, or of a
+    generative run one language model per class; GPT-2's tokenizer comes with it. All or nothing. UserError where there is no merged form."""
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise UserError(f'--export {folder} is there already and not empty; name a new folder')
+    run = open_run(path, 'cpu', 'fp32')
+    if run.info['method'] == 'zero_shot':
+        raise UserError(f'{path} trained nothing that could be exported: --zero_shot is the base model behind a prompt')
+    parts = [('', run.model, None)]
+    if run.kind == 'gen':
+        parts = [(run.info['folders'][label], run.passes[0 if run.model.classes else i][0], i if run.model.classes else None)
+                 for i, label in enumerate(run.labels)]
+    side = 'right' if run.args['truncate'] == 'head' else 'left'    # transformers names the end that is cut off
+    files = {'tokenizer_config.json': json.dumps(dict(model_max_length=run.args['max_length'], truncation_side=side, pad_token=data.EOT,
+                                                      tokenizer_class='GPT2Tokenizer'))}
+    if tokenizer_name(run.model) == 'gpt2':                         # OpenAI's two files under the names that transformers looks for
+        files.update({name: data.read_bytes(data.find(f'gpt2_bpe/{source}', run.args['data_dir']))
+                      for name, source in (('vocab.json', 'encoder.json'), ('merges.txt', 'vocab.bpe'))})
+    temp = f'{os.path.abspath(folder)}.{os.getpid()}.tmp'
+    try:
+        for name, model, at in parts:
+            there = os.path.join(temp, name)
+            gpt.save_hf(there, model, run.labels if run.kind == 'cls' else None, merged_state(model, at))
+            for file, content in files.items():
+                data.write_atomic(os.path.join(there, file), content)
+        if os.path.isdir(folder):
+            os.rmdir(folder)
+        os.rename(temp, folder)
+    except OSError as e:
+        raise data.cannot_write(folder, e)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    return [os.path.join(folder, name) if name else folder for name, _, _ in parts]

@@ -309,11 +309,7 @@ class GPT(nn.Module):
         Float32 weights are memory-mapped: loading costs no more than reading them, when they are read.
         Raises UserError when a tensor is missing, unexpected or of another shape (all are listed); never loads a part in silence."""
         folder = model_folder(where, data_dir)
-        tensors = {}
-        for path in weight_files(folder):
-            for name, t in (load_safetensors(path) if path.endswith('.safetensors') else load_bin(path)).items():
-                tensors[name[len('transformer.'):] if name.startswith('transformer.') else name] = t
-        tensors = {n: t for n, t in tensors.items() if not n.endswith(('.attn.bias', '.attn.masked_bias'))}  # mask buffers, not weights
+        tensors = folder_tensors(folder)
         if 'lm_head.weight' in tensors:                             # some tools store the tied head a second time
             head = tensors.pop('lm_head.weight')
             if not torch.equal(head, tensors.get('wte.weight', head)):
@@ -485,6 +481,20 @@ def weight_files(folder):
     raise UserError(f'{folder} holds no model.safetensors (or its shards with an index) and no pytorch_model.bin')
 
 
+def folder_tensors(folder):
+    """{name without "transformer.": tensor} of a folder's weight files, without GPT-2's mask buffers, which are no weights.
+    UserError for a name that stands there twice."""
+    tensors = {}
+    for path in weight_files(folder):
+        for name, t in (load_safetensors(path) if path.endswith('.safetensors') else load_bin(path)).items():
+            name = name[len('transformer.'):] if name.startswith('transformer.') else name
+            if name in tensors:
+                raise UserError(f'{path}: {name} stands twice in the weights of that folder; keep one of them')
+            if not name.endswith(('.attn.bias', '.attn.masked_bias')):
+                tensors[name] = t
+    return tensors
+
+
 def base_sha256(folder):
     """One sha256 (hex) over the weight files of a folder, in order."""
     sums = [data.sha256_file(path) for path in weight_files(folder)]
@@ -516,6 +526,11 @@ def read_config(folder, tensors, where):
     return Config(*sizes)
 
 
+def class_names(labels, end):
+    """What the config.json of a classifier says besides: its classes, and the pad id, without which transformers reads no batch."""
+    return dict(pad_token_id=end, id2label={str(i): s for i, s in enumerate(labels)}, label2id={s: i for i, s in enumerate(labels)})
+
+
 def save_hf(folder, model, labels=None, state=None):
     """Write config.json and model.safetensors as transformers expects them: GPT2ForSequenceClassification with the class names when
     labels are given, GPT2LMHeadModel otherwise. state: {name: tensor} to write instead of the model's own (a merged one, say)."""
@@ -524,7 +539,7 @@ def save_hf(folder, model, labels=None, state=None):
                   vocab_size=cfg.vocab_size, n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer, n_head=cfg.n_head,
                   activation_function='gelu_new', layer_norm_epsilon=1e-5, bos_token_id=model.end, eos_token_id=model.end)
     if labels:
-        config.update(pad_token_id=model.end, id2label={str(i): s for i, s in enumerate(labels)}, label2id={s: i for i, s in enumerate(labels)})
+        config.update(class_names(labels, model.end))
     state = state or model.float32_state()
     save_safetensors(os.path.join(folder, 'model.safetensors'),
                      {n if n == 'score.weight' else 'transformer.' + n: t for n, t in state.items()})

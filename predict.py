@@ -4,6 +4,9 @@
     python predict.py runs/sst2-lora --file in.csv --out out.jsonl --json
     cat texts.txt | python predict.py runs/sst2-lora                  one text per line; on a terminal, a prompt
     python predict.py runs/sst2-gen-lora --sample positive            a generative run writes new text
+    python predict.py runs/sst2-lora --export folder                  the merged model, for transformers
+
+RUN may also be a folder that transformers or PEFT wrote.
 """
 import html
 import itertools
@@ -125,7 +128,7 @@ def answer(run, texts, args, paragraphs):
 
 def main(argv=None):
     p = data.Parser(description=__doc__, prog='predict.py')
-    p.add_argument('run', metavar='RUN', help='run folder that a train script wrote')
+    p.add_argument('run', metavar='RUN', help='run folder that a train script wrote, or a GPT-2 classifier of transformers or PEFT')
     p.add_argument('text', nargs='*', help='texts to classify; without any, --file, a pipe or a prompt')
     p.add_argument('--file', metavar='IN', help='classify the rows of this .csv, .tsv or .jsonl, or the lines of any other file')
     p.add_argument('--text_col', metavar='NAME', help='column or key of the text in --file; found by name without it')
@@ -134,6 +137,7 @@ def main(argv=None):
     p.add_argument('--threshold', type=data.share, metavar='P', help='give no label (null, or - ) where the best probability is below P')
     p.add_argument('--explain', action='store_true', help='a number per token: what it does for the decision')
     p.add_argument('--html', metavar='FILE', help='with --explain: write the explanations there as a page')
+    p.add_argument('--export', metavar='DIR', help='write the run there as a transformers folder, LoRA merged; of a generative run one per class')
     # generative runs
     p.add_argument('--calibrated', action='store_true', help='decide by the calibrated probabilities; without it Bayes\' rule decides, and they only inform')
     p.add_argument('--ood_quantile', type=data.share, metavar='Q', help='no label for a text less likely, per token, than the lowest share Q of the validation texts')
@@ -152,6 +156,9 @@ def main(argv=None):
     classifying = given & {'text', 'file', 'text_col', 'json', 'threshold', 'explain', 'html', 'ood_quantile', 'calibrated', 'out'}
     if args.sample and classifying:
         raise UserError(f'--sample writes texts and classifies none; leave {sorted(classifying)[0]} out')
+    ignored = given - {'run', 'export'}
+    if args.export and ignored:
+        raise UserError(f'--export writes a model, in float32, and does nothing else; leave {sorted(ignored)[0]} out')
     if args.text and args.file:
         raise UserError('give texts or --file, not both')
     if args.text_col and not args.file:
@@ -161,6 +168,10 @@ def main(argv=None):
     if args.file and args.out and os.path.realpath(args.file) == os.path.realpath(args.out):
         raise UserError('--file and --out are the same file; write to another one')
 
+    if args.export:
+        for folder in lora.export(args.run, args.export):
+            print(f'wrote {folder}')
+        return
     if gpt.ranks() > 1 and not (args.text or args.file):
         raise UserError('several processes cannot share standard input; name texts or --file')
 

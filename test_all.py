@@ -1813,27 +1813,403 @@ def test_not_finite_loss_stops():
     raises(UserError, train, *TINY, '--full', '--dtype', 'fp32', '--lr', '1e30', '--clip', '0', '--log_every', '1', '--warmup', '0', match='try a smaller --lr')
 
 
-def test_runs_open_in_transformers_and_peft():
+def hugging_face(*names):
+    """Classes of transformers and PEFT by name, or a visible skip."""
     try:
-        from peft import PeftModel
-        from transformers import AutoModelForSequenceClassification
+        import peft
+        import transformers
     except ImportError:
         skip('transformers or peft is not installed')
-    texts = ['the song was warm', 'not at all dull, but the garden felt messy', 'x']
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    found = [getattr(peft, name, None) or getattr(transformers, name) for name in names]
+    return found if len(found) > 1 else found[0]
+
+
+def their_probs(theirs, enc, texts, end=256):
+    """Probabilities (N, K) of a transformers or PEFT classifier, a text at a time; the empty text is one <|endoftext|>."""
+    with torch.no_grad():
+        return torch.cat([theirs(torch.tensor([enc.encode_ordinary(text) or [end]])).logits for text in texts]).softmax(1).numpy()
+
+
+def probs_of(run, texts):
+    return evaluation.softmax(run.logits(texts))
+
+
+def assert_same(run, theirs, what):
+    """An opened run and a model of transformers or PEFT: the same probabilities and the same label names."""
+    gap = np.abs(probs_of(run, THEIR_TEXTS) - their_probs(theirs, run.enc, THEIR_TEXTS)).max()
+    assert gap < 1e-5, (what, gap)
+    assert theirs.config.id2label == dict(enumerate(run.labels)), (what, theirs.config.id2label, run.labels)
+
+
+THEIR_TEXTS = ['the song was warm', 'not at all dull, but the garden felt messy', 'x', '']
+
+
+def test_runs_open_in_transformers_and_peft():
+    Classifier, AutoPeft, PeftModel = hugging_face('AutoModelForSequenceClassification', 'AutoPeftModelForSequenceClassification', 'PeftModel')
     for method in ('head', 'last', 'full', 'lora', 'prompt'):
         out = tiny_run(method)
         run = lora.open_run(out, 'cpu', 'fp32')
+        assert run.labels == ['negative', 'positive']
         if method in ('lora', 'prompt'):
-            base = AutoModelForSequenceClassification.from_pretrained(os.path.join(out, 'base'), num_labels=2, pad_token_id=256)
-            theirs = PeftModel.from_pretrained(base, out).eval()
+            assert_same(run, AutoPeft.from_pretrained(out).eval(), method)
+            assert_same(run, PeftModel.from_pretrained(Classifier.from_pretrained(os.path.join(out, 'base')), out).eval(), method)
         else:
-            theirs = AutoModelForSequenceClassification.from_pretrained(out).eval()
-            assert theirs.config.id2label == dict(enumerate(run.labels))
-        ours = torch.from_numpy(run.logits(texts))
-        for text, row in zip(texts, ours):
-            with torch.no_grad():
-                logits = theirs(torch.tensor([run.enc.encode_ordinary(text)])).logits
-            assert float((logits[0] - row).abs().max()) < 1e-5 * float(row.abs().max()) + 1e-7, (method, logits, row)
+            assert_same(run, Classifier.from_pretrained(out).eval(), method)
+            assert data.read_json(os.path.join(out, 'config.json'))['label2id'] == dict(negative=0, positive=1)
+
+
+def test_label_names_over_a_base_that_stays_where_it_is():
+    """A base that is not copied cannot know the run's classes: PEFT's users name them, as they must over openai-community/gpt2."""
+    AutoPeft = hugging_face('AutoPeftModelForSequenceClassification')
+    base = tmp()
+    gpt.save_hf(base, formula_model(SMALL, 0))
+    with patched(lora, 'SMALL_BASE', 0):
+        out, _ = train('--data', three_classes(), '--model', base, '--lora', '--max_steps', '3', '--dtype', 'fp32')
+    assert not os.path.exists(os.path.join(out, 'base'))
+    assert data.read_json(os.path.join(out, 'adapter_config.json'))['base_model_name_or_path'] == base
+    labels = data.read_json(os.path.join(out, 'run.json'))['labels']
+    assert_same(lora.open_run(out, 'cpu', 'fp32'), AutoPeft.from_pretrained(out, id2label=dict(enumerate(labels)), pad_token_id=256).eval(), labels)
+    copy, _ = train('--data', three_classes(), '--model', base, '--lora', '--max_steps', '3', '--dtype', 'fp32')       # the base is copied
+    assert_same(lora.open_run(copy, 'cpu', 'fp32'), AutoPeft.from_pretrained(copy).eval(), labels)
+    assert data.read_json(os.path.join(base, 'config.json')).get('id2label') is None                                    # the user's stays as it was
+
+
+@functools.lru_cache(None)
+def three_classes():
+    return write('three.csv', table(90, ('news', 'spam', 'ham')))
+
+
+# --- folders that transformers or PEFT wrote ---
+
+@functools.lru_cache(None)
+def their_folders():
+    """(folder of a classifier with three classes, folder of a language model) as transformers saves them; random weights."""
+    folder = tmp()
+    hf_models(folder, SMALL)
+    for name in ('cls', 'lm'):                                          # one that answers more than one third for everything
+        path = os.path.join(folder, name, 'model.safetensors')
+        tensors = gpt.load_safetensors(path)
+        gpt.save_safetensors(path, {n: t * 5 if n.endswith(('wte.weight', 'score.weight')) else t.clone() for n, t in tensors.items()})
+    return os.path.join(folder, 'cls'), os.path.join(folder, 'lm')
+
+
+def their_adapter(kind='LoraConfig', half=False, names=None, base=None, **options):
+    """A folder with an adapter that PEFT wrote over a transformers model; all that would start at zero is random."""
+    Classifier, get_peft_model, Config = hugging_face('AutoModelForSequenceClassification', 'get_peft_model', kind)
+    torch.manual_seed(0)
+    classes = dict(id2label=dict(enumerate(names))) if names else dict(num_labels=3)
+    model = Classifier.from_pretrained(base or their_folders()[1], pad_token_id=256, **classes)
+    model = get_peft_model(model, Config(**{'task_type': 'SEQ_CLS', **options}))
+    for n, p in model.named_parameters():
+        if p.requires_grad:
+            p.data.normal_(0, 0.3)
+    folder = tmp()
+    (model.half() if half else model).save_pretrained(folder)
+    return folder
+
+
+LORA_OPTIONS = dict(
+    plain=dict(r=4, target_modules=['c_attn'], fan_in_fan_out=True),
+    alpha=dict(r=4, lora_alpha=23, target_modules=['c_attn', 'mlp.c_proj']),
+    rslora=dict(r=8, lora_alpha=4, use_rslora=True, target_modules=['attn.c_proj', 'c_fc']),
+    head=dict(r=2, target_modules=['c_attn'], modules_to_save=['score']),
+    half=dict(r=2, target_modules=['c_fc'], half=True),
+    expression=dict(r=2, target_modules=r'.*\.h\.[02]\.(attn\.c_attn|mlp\.c_fc)'),
+    everything=dict(r=2, target_modules='all-linear'),
+    spare=dict(r=2, target_modules=['c_attn', 'q_proj']),
+    blocks=dict(r=2, target_modules=['c_proj'], layers_to_transform=[0, 2]),
+    block=dict(r=2, target_modules=['c_attn'], layers_to_transform=0),
+    untyped=dict(r=2, target_modules=['c_attn'], modules_to_save=['score'], task_type=None),
+    start=dict(r=2, target_modules=['c_attn'], init_lora_weights='gaussian'),
+)
+
+
+def test_adapters_of_peft_open():
+    AutoPeft, Classifier, PeftModel = hugging_face('AutoPeftModelForSequenceClassification', 'AutoModelForSequenceClassification', 'PeftModel')
+    base = their_folders()[1]
+    for what, options in [*LORA_OPTIONS.items(), ('prompt', dict(kind='PromptTuningConfig', num_virtual_tokens=5))]:
+        folder = their_adapter(**options)
+        run = lora.open_run(folder, 'cpu', 'fp32')
+        theirs = PeftModel.from_pretrained(Classifier.from_pretrained(base, num_labels=3, pad_token_id=256), folder).eval()
+        assert_same(run, theirs, what)
+        assert run.labels == ['LABEL_0', 'LABEL_1', 'LABEL_2'] and run.args['max_length'] == 256 - 5 * (what == 'prompt')
+        head = GPT.load(base, 3, new_head=True)                         # the adapter does something, so that it would be missed
+        head.score.weight.data = run.model.score.weight.data
+        without = gpt.class_logits(head, data.tokenize(run.enc, THEIR_TEXTS, cache=False), 200, 'head', torch.device('cpu'), torch.float32)
+        assert np.abs(evaluation.softmax(without) - probs_of(run, THEIR_TEXTS)).max() > 1e-3, what
+        if what == 'plain':                                             # the older file
+            weights = gpt.load_safetensors(os.path.join(folder, 'adapter_model.safetensors'))
+            torch.save({n: t.clone() for n, t in weights.items()}, os.path.join(folder, 'adapter_model.bin'))
+            os.remove(os.path.join(folder, 'adapter_model.safetensors'))
+            assert_same(lora.open_run(folder, 'cpu', 'fp32'), theirs, 'bin')
+
+
+def test_classes_of_an_adapter():
+    """Named by a config.json beside it, else by its base model's, else LABEL_i."""
+    AutoPeft = hugging_face('AutoPeftModelForSequenceClassification')
+    names = ['c', 'a', 'b']                                             # not in the order of the alphabet
+    cls_dir = os.path.join(tmp(), 'cls')
+    shutil.copytree(their_folders()[0], cls_dir)
+    path = os.path.join(cls_dir, 'config.json')
+    data.write_json(path, {**data.read_json(path), **gpt.class_names(names, 256)})
+    folder = their_adapter(r=2, target_modules=['c_attn'], names=names, base=cls_dir)
+    run = lora.open_run(folder, 'cpu', 'fp32')
+    assert run.labels == names
+    assert_same(run, AutoPeft.from_pretrained(folder).eval(), 'named by the base')
+    data.write_json(os.path.join(folder, 'config.json'), dict(id2label={'2': 'z', '0': 'x', '1': 'y'}))
+    assert lora.open_run(folder, 'cpu', 'fp32').labels == ['x', 'y', 'z']
+    data.write_json(os.path.join(folder, 'config.json'), dict(id2label={'0': 'x', '1': 'y'}))
+    raises(UserError, lora.open_run, folder, match='base_model.model.score.weight is (3, 64) where (2, 64) belongs')
+    for bad in ({'0': 'x', '1': 'x', '2': 'z'}, {'0': 'x', '2': 'y', '3': 'z'}, {'0': 'x', '1': 5, '2': 'z'}, ['x', 'y', 'z'], {'a': 'x'}):
+        data.write_json(os.path.join(folder, 'config.json'), dict(id2label=bad))
+        raises(UserError, lora.open_run, folder, match='id2label must give')
+
+
+def test_where_the_base_of_an_adapter_is():
+    folder = their_adapter(r=2, target_modules=['c_attn'])
+    want = probs_of(lora.open_run(folder, 'cpu', 'fp32'), THEIR_TEXTS)
+    path = os.path.join(folder, 'adapter_config.json')
+    config = data.read_json(path)
+    beside = os.path.join(folder, 'gpt', 'small')
+    shutil.copytree(their_folders()[1], beside)
+    for name in ('gpt/small', beside):
+        data.write_json(path, {**config, 'base_model_name_or_path': name})
+        assert np.array_equal(probs_of(lora.open_run(folder, 'cpu', 'fp32'), THEIR_TEXTS), want), name
+    for name in ('someone/gpt2-news', None, 5, ''):
+        data.write_json(path, {**config, 'base_model_name_or_path': name})
+        raises(UserError, lora.open_run, folder, match=f'base_model_name_or_path is {name!r}')
+    os.rename(beside, os.path.join(folder, 'base'))                     # a run of ours that has lost its run.json
+    assert np.array_equal(probs_of(lora.open_run(folder, 'cpu', 'fp32'), THEIR_TEXTS), want)
+    assert lora.base_named('x', 'openai-community/gpt2') == lora.base_named('x', 'gpt2') == 'gpt2'
+    assert lora.base_named('x', 'distilbert/distilgpt2') == 'distilgpt2'
+
+
+def test_checkpoints_of_transformers_open():
+    Classifier = hugging_face('AutoModelForSequenceClassification')
+    origin = Classifier.from_pretrained(their_folders()[0]).eval()
+    origin.config.id2label, origin.config.label2id = {0: 'news', 1: 'spam', 2: 'ham'}, dict(news=0, spam=1, ham=2)
+    folders = {name: os.path.join(tmp(), name) for name in ('whole', 'shards', 'float16', 'bfloat16', 'bin', 'bin shards')}
+    origin.save_pretrained(folders['whole'])
+    origin.save_pretrained(folders['shards'], max_shard_size='100KB')
+    assert sum(name.endswith('.safetensors') for name in os.listdir(folders['shards'])) > 3
+    for name in ('float16', 'bfloat16'):
+        copy.deepcopy(origin).to(getattr(torch, name)).save_pretrained(folders[name])
+    state, config = origin.state_dict(), data.read_bytes(os.path.join(folders['whole'], 'config.json'))
+    shards = {'pytorch_model-1.bin': list(state)[::2], 'pytorch_model-2.bin': list(state)[1::2]}
+    for name in ('bin', 'bin shards'):
+        os.makedirs(folders[name])
+        write('config.json', config, folders[name])
+    torch.save(state, os.path.join(folders['bin'], 'pytorch_model.bin'))
+    for file, names in shards.items():
+        torch.save({n: state[n].clone() for n in names}, os.path.join(folders['bin shards'], file))
+    index = dict(metadata={}, weight_map={n: file for file, names in shards.items() for n in names})
+    data.write_json(os.path.join(folders['bin shards'], 'pytorch_model.bin.index.json'), index)
+    for name, folder in folders.items():
+        run, theirs = lora.open_run(folder, 'cpu', 'fp32'), Classifier.from_pretrained(folder, dtype=torch.float32).eval()
+        assert_same(run, theirs, name)
+        assert run.labels == ['news', 'spam', 'ham'] and run.args['max_length'] == 256
+    assert np.ptp(probs_of(run, THEIR_TEXTS), axis=0).max() > 0.01     # the texts get different answers
+    first = sorted(os.listdir(folders['shards']))[1]                    # a shard that is not there
+    os.remove(os.path.join(folders['shards'], first))
+    raises(UserError, lora.open_run, folders['shards'], match=first)
+
+
+def test_names_of_a_checkpoint():
+    """transformers writes no id2label for two classes without names: LABEL_0, LABEL_1. A saved tokenizer says how long a text may be."""
+    GPT2ForSequenceClassification, GPT2Config = hugging_face('GPT2ForSequenceClassification', 'GPT2Config')
+    folder = tmp()
+    shape = dict(vocab_size=257, n_positions=256, n_embd=64, n_layer=2, n_head=4, pad_token_id=256)
+    GPT2ForSequenceClassification(GPT2Config(**shape)).save_pretrained(folder)
+    run = lora.open_run(folder, 'cpu', 'fp32')
+    assert run.labels == ['LABEL_0', 'LABEL_1'] and (run.args['max_length'], run.args['truncate']) == (256, 'head')
+    for limit, side, want in ((10, 'left', (10, 'tail')), (10**30, 'right', (256, 'head')), (1e30, None, (256, 'head'))):
+        data.write_json(os.path.join(folder, 'tokenizer_config.json'), dict(model_max_length=limit, truncation_side=side))
+        args = lora.open_run(folder, 'cpu', 'fp32').args
+        assert (args['max_length'], args['truncate']) == want
+    path = os.path.join(folder, 'config.json')
+    config = data.read_json(path)
+    for change, match in ((dict(problem_type='multi_label_classification'), 'problem_type'), (dict(model_type='bert'), 'model_type'),
+                          (dict(id2label={'0': 'a', '1': 'b', '2': 'c'}), 'score.weight is (2, 64) where (3, 64) belongs')):
+        data.write_json(path, {**config, **change})
+        raises(UserError, lora.open_run, folder, match=match)
+    GPT2ForSequenceClassification(GPT2Config(**shape, num_labels=1)).save_pretrained(folder)
+    raises(UserError, lora.open_run, folder, match='score.weight has one row')
+
+
+def test_folders_that_are_no_classifier():
+    get_peft_model, LoraConfig, LM = hugging_face('get_peft_model', 'LoraConfig', 'AutoModelForCausalLM')
+    lm = their_folders()[1]
+    message = raises(UserError, lora.open_run, lm, match='is a language model, not a classifier')
+    assert f'--model {lm}' in message
+    folder = tmp()
+    get_peft_model(LM.from_pretrained(lm), LoraConfig(task_type='CAUSAL_LM', target_modules=['c_attn'])).save_pretrained(folder)
+    raises(UserError, lora.open_run, folder, match='its task_type is CAUSAL_LM')
+    raises(UserError, lora.open_run, os.path.join(gen_run('lora'), 'animals'), match='its task_type is CAUSAL_LM')
+    raises(UserError, lora.open_run, os.path.join(gen_run('full'), 'animals'), match='is a language model')
+    for options, match in ((dict(use_dora=True), 'use_dora'), (dict(bias='all'), 'bias'), (dict(rank_pattern={'c_attn': 3}), 'rank_pattern'),
+                           (dict(alpha_pattern={'c_attn': 3}), 'alpha_pattern'), (dict(init_lora_weights='pissa'), 'init_lora_weights'),
+                           (dict(lora_bias=True), 'lora_bias'), (dict(exclude_modules=['h.0.attn.c_attn']), 'exclude_modules'),
+                           (dict(modules_to_save=['score', 'ln_f']), 'ln_f.weight is unexpected')):
+        raises(UserError, lora.open_run, their_adapter(**{**dict(r=2, target_modules=['c_attn']), **options}), match=match)
+    folder = their_adapter(r=2, target_modules=['c_attn'], task_type=None)              # PEFT does not add the head by itself then
+    raises(UserError, lora.open_run, folder, match='lacks base_model.model.score.weight: the adapter was saved without its class head')
+    raises(UserError, lora.open_run, their_adapter('IA3Config', target_modules=['c_attn'], feedforward_modules=[]), match='IA3')
+    folder = tmp()
+    data.write_json(os.path.join(folder, 'config.json'), dict(model_type='gpt2'))
+    raises(UserError, lora.open_run, folder, match='holds no model.safetensors')
+
+
+def test_every_tensor_must_fit():
+    """A missing, an extra and a misshapen tensor, in every kind of folder: an error that names it."""
+    hugging_face('LoraConfig')
+    kinds = {method: tiny_run(method) for method in METHODS}
+    kinds.update({'generative lora': gen_run('lora'), 'generative full': gen_run('full'), 'generative prefix': gen_run('prefix')})
+    kinds.update({'their classifier': their_folders()[0], 'their lora': their_adapter(r=2, target_modules=['c_attn']),
+                  'their prompt': their_adapter('PromptTuningConfig', num_virtual_tokens=3)})
+    for kind, folder in kinds.items():
+        copied_to = os.path.join(tmp(), 'copy')
+        shutil.copytree(folder, copied_to)
+        inside = os.path.join(copied_to, 'numbers') if kind.startswith('generative') else copied_to
+        path = next(os.path.join(inside, name) for name in sorted(os.listdir(inside)) if name.endswith('.safetensors'))
+        tensors = {n: t.clone() for n, t in gpt.load_safetensors(path).items()}
+        lora.open_run(copied_to, 'cpu', 'fp32')
+        for name in (list(tensors)[0], list(tensors)[-1]):
+            shown = name.replace('transformer.', '', 1) if name.startswith('transformer.') else name
+            for change, what in (({}, 'lacks|is missing'), ({name: tensors[name][..., :-1]}, r'is \(.*\) where \(.*\) belongs')):
+                gpt.save_safetensors(path, {**{n: t for n, t in tensors.items() if n != name}, **change})
+                message = raises(UserError, lora.open_run, copied_to, 'cpu', 'fp32', match=shown)
+                assert re.search(what, message), (kind, message)
+        gpt.save_safetensors(path, {**tensors, 'one.more': torch.ones(2)})
+        raises(UserError, lora.open_run, copied_to, 'cpu', 'fp32', match='one.more is unexpected')
+        if kind in ('full', 'their classifier'):
+            twice = next(n for n in tensors if n.startswith('transformer.'))
+            gpt.save_safetensors(path, {**tensors, twice.replace('transformer.', ''): tensors[twice]})
+            raises(UserError, lora.open_run, copied_to, 'cpu', 'fp32', match='stands twice')
+
+
+def test_foreign_folders_in_the_scripts():
+    cls_dir = os.path.join(tmp(), 'cls')
+    shutil.copytree(their_folders()[0], cls_dir)
+    before = tree(cls_dir)
+    adapter = their_adapter(r=2, target_modules=['c_attn'])
+    rows = [('text one', 'news'), ('two', 'spam'), ('3', 'ham'), ('', 'news')]
+    test = write('rows.csv', 'text,label\n' + ''.join(f'{t},{y}\n' for t, y in rows))
+    run = lora.open_run(adapter, 'cpu', 'fp32')
+    want = probs_of(run, [t for t, _ in rows])
+    lines = script(predict.main, [adapter, '--file', test, '--json', '--dtype', 'fp32'])[1].splitlines()
+    got = [json.loads(line)['probs'] for line in lines]
+    assert [list(p) for p in got] == [run.labels] * 4 and np.abs(np.array([list(p.values()) for p in got]) - want).max() < 1e-6
+    assert script(predict.main, [cls_dir, '--dtype', 'fp32', '--explain', 'a text'])[1].startswith('LABEL_')
+    for folder in (cls_dir, adapter):
+        raises(UserError, run_eval, [folder], match='--data NAME')
+        raises(UserError, run_eval, [folder, '--data', 'demo'], match='does not name its 3 classes, and demo has 2')
+        truth = [['ham', 'news', 'spam'].index(y) for _, y in rows]     # the order that data.load gives the names
+        code, text, _ = script(evaluation.main, [folder, '--test', test, '--dtype', 'fp32'])
+        assert 'taken in the order of' in text and 'ham, news, spam' in text
+        numbers = json.loads(script(evaluation.main, [folder, '--test', test, '--dtype', 'fp32', '--json', '-'])[1])
+        p = probs_of(lora.open_run(folder, 'cpu', 'fp32'), [t for t, _ in rows])
+        assert abs(numbers['runs'][0]['nll'] + np.log(p[range(4), truth]).mean()) < 1e-5 and numbers['labels'] == ['ham', 'news', 'spam']
+    assert tree(cls_dir) == before                                      # nothing was written there
+    data.write_json(os.path.join(adapter, 'config.json'), gpt.class_names(['spam', 'ham', 'news'], 256))              # by name now
+    code, text, _ = script(evaluation.main, [adapter, '--test', test, '--dtype', 'fp32', '--json', '-'])
+    truth = [['spam', 'ham', 'news'].index(y) for _, y in rows]
+    assert abs(json.loads(text)['runs'][0]['nll'] + np.log(want[range(4), truth]).mean()) < 1e-5
+    both = json.loads(script(evaluation.main, [adapter, cls_dir, '--test', test, '--dtype', 'fp32', '--json', '-'])[1])
+    assert both['comparisons'] and sorted(both['labels']) == ['ham', 'news', 'spam']
+    data.write_json(os.path.join(adapter, 'config.json'), gpt.class_names(['spam', 'egg', 'news'], 256))
+    raises(UserError, run_eval, [adapter, '--test', test], match='ham')
+    out, _ = train('--data', three_classes(), '--model', cls_dir, '--head', '--max_steps', '2')                        # as a base model
+    assert lora.open_run(out).labels == ['ham', 'news', 'spam']
+    raises(UserError, train, '--data', three_classes(), '--model', adapter, match='holds an adapter, not a whole model')
+
+
+# --- predict.py --export ---
+
+def test_export():
+    for method in ('head', 'last', 'full', 'lora'):
+        out, folder = tiny_run(method), os.path.join(tmp(), 'merged')
+        os.makedirs(folder) if method == 'lora' else None               # an empty one will do
+        before = tree(out)
+        code, text, _ = script(predict.main, [out, '--export', folder])
+        assert text == f'wrote {folder}\n' and tree(out) == before
+        assert set(os.listdir(folder)) == {'config.json', 'model.safetensors', 'tokenizer_config.json'}
+        texts = [*THEIR_TEXTS, 'the song was warm ' * 50]               # longer than --max_length
+        run, merged = lora.open_run(out, 'cpu', 'fp32'), lora.open_run(folder, 'cpu', 'fp32')
+        a, b = torch.from_numpy(run.logits(texts)), torch.from_numpy(merged.logits(texts))
+        assert merged.labels == run.labels and far(b, a) < 1e-5, (method, far(b, a))
+        assert not any(isinstance(m, lora.LoRA) for m in merged.model.modules())
+        rows = [[json.loads(line) for line in script(predict.main, [at, '--json', '--dtype', 'fp32', *texts])[1].splitlines()] for at in (out, folder)]
+        assert all(x['label'] == y['label'] and abs(x['probs']['positive'] - y['probs']['positive']) < 1e-5 for x, y in zip(*rows))
+        raises(UserError, predict.main, [out, '--export', folder], match='is there already and not empty')
+    file = write('file', 'x')
+    raises(UserError, predict.main, [out, '--export', file], match='is there already')
+    raises(UserError, predict.main, [out, '--export', out], match='is there already')
+    raises(UserError, predict.main, [out, 'a text', '--export', 'x'], match='leave text out')
+    raises(UserError, predict.main, [out, '--device', 'cpu', '--export', 'x'], match='leave device out')
+
+
+def test_export_is_all_or_nothing():
+    place = tmp()
+    for run in ('adapter', 'prompt'):
+        raises(UserError, predict.main, [tiny_run(run), '--export', os.path.join(place, 'x')], match='cannot be merged')
+    raises(UserError, predict.main, [gen_run('prefix'), '--export', os.path.join(place, 'x')], match='cannot be merged')
+    raises(UserError, predict.main, [gen_run('zero_shot'), '--export', os.path.join(place, 'x')], match='trained nothing')
+    writes, out = [], gen_run('lora')
+
+    def full(path, content, real=data.write_atomic):
+        writes.append(path)
+        if len(writes) == 5:
+            raise UserError(f'cannot write {path}')
+        real(path, content)
+    with patched(data, 'write_atomic', full):
+        raises(UserError, predict.main, [out, '--export', os.path.join(place, 'x')], match='cannot write')
+    assert len(writes) == 5 and os.listdir(place) == []
+    raises(UserError, predict.main, [tiny_run('full'), '--export', os.path.join(write('file', 'x', place), 'x')], match='cannot write')
+    assert os.listdir(place) == ['file']
+
+
+def test_exports_open_in_transformers():
+    Classifier, LM = hugging_face('AutoModelForSequenceClassification', 'AutoModelForCausalLM')
+    for method in ('head', 'last', 'full', 'lora'):
+        folder = os.path.join(tmp(), 'merged')
+        script(predict.main, [tiny_run(method), '--export', folder])
+        assert_same(lora.open_run(tiny_run(method), 'cpu', 'fp32'), Classifier.from_pretrained(folder).eval(), method)
+    for method in ('lora', 'full', 'posterior'):
+        out, folder, run = gen_run(method), os.path.join(tmp(), 'merged'), opened(method)
+        code, text, _ = script(predict.main, [out, '--export', folder])
+        assert text.splitlines() == [f'wrote {os.path.join(folder, label)}' for label in run.labels]
+        texts = ['cat dog bird', 'one']
+        ours = run.logits(texts) - run.log_prior
+        for c, label in enumerate(run.labels):
+            theirs = LM.from_pretrained(os.path.join(folder, label)).eval()
+            again = GPT.load(os.path.join(folder, label))               # as --model of the train scripts
+            for text, mine in zip(texts, ours[:, c]):
+                ids = torch.tensor([[256, *text.encode(), 256]])
+                with torch.no_grad():
+                    logits, same = theirs(ids).logits[0, :-1], again.eval().lm_logits(ids)[0, :-1]
+                assert far(same, logits) < 1e-5
+                assert abs(float(logits.log_softmax(1).gather(1, ids[0, 1:, None]).sum()) - mine) < 1e-5 * abs(mine), (method, label, text)
+
+
+def test_export_brings_the_tokenizer():
+    AutoTokenizer, pipeline = hugging_face('AutoTokenizer', 'pipeline')
+    real_data('gpt2_bpe')
+    out, _ = train('--data', 'demo', '--model', 'gpt2', '--scratch', '--n_layer', '1', '--n_head', '2', '--n_embd', '16', '--lora', '--max_steps', '3',
+                   '--max_length', '20', '--truncate', 'tail', '--quick', '--dtype', 'fp32')
+    folder = os.path.join(tmp(), 'merged')
+    script(predict.main, [out, '--export', folder])
+    run, theirs = lora.open_run(folder, 'cpu', 'fp32'), AutoTokenizer.from_pretrained(folder)
+    texts = ['the song was warm', ' Größe \n\n naïve 日本', "it's 100 % <|end", 'a long text ' * 30]
+    for text in texts:
+        ids = theirs(text, truncation=True)['input_ids']
+        assert ids == run.enc.encode_ordinary(text)[-20:] and theirs.decode(theirs(text)['input_ids']) == text
+    assert run.args['max_length'] == 20 and run.args['truncate'] == 'tail'
+    rows = pipeline('text-classification', folder, device='cpu')(texts, batch_size=2, truncation=True, top_k=None)
+    want = probs_of(lora.open_run(out, 'cpu', 'fp32'), texts)
+    got = [[{x['label']: x['score'] for x in row}[label] for label in run.labels] for row in rows]
+    assert np.abs(np.array(got) - want).max() < 1e-5, (got, want)
 
 
 def test_another_base_is_refused():
@@ -1846,6 +2222,7 @@ def test_another_base_is_refused():
     raises(UserError, lora.open_run, out, match='another base model')
     os.remove(path)
     raises(UserError, lora.open_run, out, match='holds no model.safetensors')
+    os.remove(os.path.join(out, 'adapter_config.json'))
     os.remove(os.path.join(out, 'run.json'))
     raises(UserError, lora.open_run, out, match='run.json')
 

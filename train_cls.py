@@ -121,7 +121,7 @@ def main(argv=None):
         data.claim(args.out)
         if not saved and any(os.path.exists(os.path.join(args.out, name)) for name in ('run.json', 'resume.pt')):
             raise UserError(f'--out {args.out} already holds a run; name another folder, remove that one, or go on with it (--resume)')
-        return lora.base_info(args, args.out, model)
+        return lora.base_info(args, args.out, model, ds.labels)
     base = gpt.from_rank_zero(begin)
     trained, total = lora.count(model)
     info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed, labels=ds.labels,
@@ -181,7 +181,7 @@ def main(argv=None):
     def save_best(results):
         if not data.WRITES:
             return
-        lora.save_weights(args.out, model, args.method, ds.labels, info['base']['name'])
+        lora.save_weights(args.out, model, args.method, ds.labels, lora.peft_base(args.out, info))
         data.write_json(os.path.join(args.out, 'run.json'), {**info, 'results': results})
 
     def keep(step, best):

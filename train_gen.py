@@ -371,7 +371,7 @@ def main(argv=None):
         info['prompts'] = prompts
     if 'base' not in old:
         data.write_json(os.path.join(args.out, 'run.json'), info)
-    base_name = gpt.HUB_NAMES.get(info['base']['name'], info['base']['name'])
+    base_name = lora.peft_base(args.out, info)
 
     print(f'{args.data}: ' + ', '.join(f'{label} {n}' for label, n in zip(labels, counts)) + ' training rows; '
           f'{len(ds.val.y)} validation, {len(ds.test.y)} test')
