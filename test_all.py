@@ -3028,7 +3028,7 @@ def curve_rows(cfg):
 
 
 def curve_base(cfg):
-    """The folder of a base model as GPT-2 was started, but no vector of it at 0 or 1, and in a narrow one matrices that do as much as at width 768."""
+    """The folder of a base model as GPT-2 was started, but no vector of it at 0 or 1, and matrices that do as much in a narrow one as at width 768."""
     g, model, folder = torch.Generator().manual_seed(0), GPT(cfg), tmp()
     with torch.no_grad():
         for name, p in model.init_weights(g).named_parameters():
@@ -3057,7 +3057,8 @@ def our_curve(kind, method, rows, base, rate, steps, batch_size, max_length):
             out = generate(*argv, '--max_steps', 2 * steps, '--class_id', '0')[0]
             saved = os.path.join(out, data.read_json(os.path.join(out, 'run.json'))['labels'][0])
     log = [r for r in records(out) if 'loss' in r]
-    return [r['loss'] for r in log], [r['lr'] for r in log], begun, os.path.join(saved, ('adapter_' if method == 'lora' else '') + 'model.safetensors')
+    file = 'adapter_model.safetensors' if method == 'lora' else 'model.safetensors'
+    return [r['loss'] for r in log], [r['lr'] for r in log], begun, os.path.join(saved, file)
 
 
 def their_curve(kind, method, rows, base, rate, steps, batch_size, max_length, begun):
@@ -3133,8 +3134,8 @@ def curve_differences(kind, method, cfg, rate, steps=50, batch_size=8, max_lengt
     assert len(losses) == len(their_losses) == steps and ours.keys() == after.keys()
     for n in after:
         a, b, start = ours[n], after[n], before[n]
-        if n.endswith('c_attn.bias'):                                       # what all keys share drops out of the softmax: its gradient is nothing but
-            keys = torch.arange(len(a)) // cfg.n_embd == 1                  # rounding, of which AdamW makes steps of full size
+        if n.endswith('c_attn.bias'):                                       # what all keys share drops out of the softmax: its gradient is rounding
+            keys = torch.arange(len(a)) // cfg.n_embd == 1                  # alone, of which AdamW makes steps of full size
             a, b, start = a[~keys], b[~keys], start[~keys]
         ways.append(float((a - b).norm() / (b - start).norm()))
     loss, lr = (float(np.max(np.abs(np.divide(a, b) - 1))) for a, b in ((losses, their_losses), (rates, their_rates)))
@@ -3148,7 +3149,7 @@ def check_curves(kind):
     try:
         for method, rate in (('full', 1e-3), ('lora', 3e-3)):               # so large that the weights go far
             loss, lr, way, losses = curve_differences(kind, method, SMALL, rate)
-            assert loss < 1e-4 and lr < 1e-9 and way < 1e-3, (method, loss, lr, way)
+            assert loss < 1e-4 and lr < 1e-9 and way < 2e-4, (method, loss, lr, way)
             assert max(losses) - min(losses) > 0.02 * max(losses), (method, losses)     # it trains
     finally:
         torch.set_num_threads(threads)
