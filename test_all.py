@@ -38,6 +38,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')                            # transf
 import numpy as np
 import torch
 
+import bench
 import data
 import eval as evaluation                                               # not `eval`, which is Python's own
 import lora
@@ -3028,7 +3029,7 @@ def curve_rows(cfg):
 
 
 def curve_base(cfg):
-    """The folder of a base model as GPT-2 was started, but no vector of it at 0 or 1, and matrices that do as much in a narrow one as at width 768."""
+    """The folder of a base model as GPT-2 was started, but no vector of it at 0 or 1, and matrices that do as much at any width as at 768."""
     g, model, folder = torch.Generator().manual_seed(0), GPT(cfg), tmp()
     with torch.no_grad():
         for name, p in model.init_weights(g).named_parameters():
@@ -3171,6 +3172,99 @@ def print_curves(name, steps=50):
             loss, lr, way, losses = curve_differences(kind, method, gpt.SHAPES[name], lora.LR[method], steps, 4, 64)
             print(f'train_{kind}.py --{method}, {name}, {steps} steps, loss {losses[0]:.4f} .. {losses[-1]:.4f}; largest relative difference: '
                   f'loss {loss:.1e}, rate {lr:.1e}, way of a tensor {way:.1e}; {time.time() - t:.0f} s', flush=True)
+
+
+# --- bench.py ---
+
+@contextlib.contextmanager
+def little_world():
+    """A cache and data sets of a few rows under the published names, and a little GPT-2 under one of its names. -> the data folder"""
+    folder = tmp()
+    shutil.copytree(os.path.join(real_data('gpt2_bpe'), 'gpt2_bpe'), os.path.join(folder, 'gpt2_bpe'))
+    line = dict(sst2='a {1} film {0}\t{2}\n', sms_spam='{3}\tcall {1} {0}\n', ag_news_csv='"{4}","{1} {0}","news"\n')
+    for name, file, n in (('sst2', 'train.tsv', 60), ('sst2', 'dev.tsv', 8), ('sms_spam', 'SMSSpamCollection', 80), ('ag_news_csv', 'train.csv', 80),
+                          ('ag_news_csv', 'test.csv', 40)):
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
+        words = ('dull', 'fine', 'red', 'blue')[:4 if name == 'ag_news_csv' else 2]                     # each tells its class
+        rows = [line[name].format(f'{file} {i}', words[i % len(words)], i % 2, ('ham', 'spam')[i % 2], 1 + i % 4) for i in range(n)]
+        write(os.path.join(name, file), ''.join(rows), folder)
+    with fresh_cache(), environment(NANOCLS_DATA=folder), patched(gpt, 'SHAPES', {**gpt.SHAPES, 'distilgpt2': gpt.Config(2, 2, 32)}):
+        yield folder
+
+
+def in_this_process(command, **kw):
+    """subprocess.run of bench.py, without the seconds that an interpreter needs for torch."""
+    assert command[:2] == [sys.executable, os.path.abspath(bench.__file__)]
+    return SimpleNamespace(returncode=0, stdout=script(bench.main, command[2:])[1], stderr='')
+
+
+def test_bench_takes_turns():
+    """Both sides of every task on a little shape: figures of both, and their ratio."""
+    try:
+        import peft, transformers
+    except ImportError:
+        skip('transformers or peft is not installed')
+    transformers.logging.set_verbosity_error()
+    small = ['--model', 'distilgpt2', '--device', 'cpu', '--dtype', 'fp32', '--batch_size', '2', '--steps', '30', '--repeats', '1']
+    trained = []
+
+    def train_here(command, log, steps):
+        assert os.path.basename(command[1]) == 'train_cls.py' and os.path.dirname(log) == command[-1]
+        trained.append(train_cls.main(command[2:]))
+    with little_world(), patched(subprocess, 'run', in_this_process), patched(bench, 'stop_before_the_test', train_here):
+        for task in ('lora', 'last', 'eval', 'gen'):
+            path = os.path.join(tmp(), 'figures.json')
+            text = script(bench.main, ['--task', task, *small, '--against', 'hf', '--json', path])[1]
+            found = data.read_json(path)
+            rates = found['examples_per_s']
+            assert list(rates) == ['nanocls', 'Hugging Face'] and all(rate > 0 for rate in rates.values()), (task, rates)
+            assert (found['task'], found['model'], found['dtype']) == (task, 'distilgpt2', 'fp32')
+            assert found['ratio'] == rates['nanocls'] / rates['Hugging Face'] and f'ratio {found["ratio"]:.2f}' in text
+        assert trained == [None, None] and len(os.listdir(os.path.join(data.cache_dir(), 'bench'))) == 1       # one base for all
+
+
+def test_bench_stops_before_the_test():
+    log = os.path.join(tmp(), 'log.jsonl')
+    code = f'import time; open({log!r}, "w").write(\'{{"step": 30, "loss": 1}}\'); time.sleep(60)'
+    t = time.time()
+    bench.stop_before_the_test([sys.executable, '-S', '-c', code], log, 30)
+    assert time.time() - t < 30
+    code = 'import sys; sys.stderr.write("no luck"); sys.exit(3)'
+    raises(UserError, bench.stop_before_the_test, [sys.executable, '-S', '-c', code], 'nowhere', 30, match='no luck')
+
+
+def test_bench_curves():
+    """Which scripts it would run, with flags that they know; which accuracy stands in which column."""
+    ran = []
+
+    def run(command, **kw):
+        name, flags = os.path.basename(command[1]), command[2:]
+        out = flags[flags.index('--out') + 1]
+        if '--resume' in flags:
+            kind = 'posterior'
+            assert out in [made for _, _, made in ran] and '--posterior_steps' in flags
+        else:
+            args = (train_cls if name == 'train_cls.py' else train_gen).parse(flags)[0]
+            kind = 'base' if args.method == 'pretrain' else name
+            assert kind == 'base' or args.model == ran[0][2], 'all over the one base'
+            data.make_folder(out)
+        ran.append((kind, flags, out))
+        if kind != 'base':
+            accuracy = {'train_cls.py': 0.75, 'train_gen.py': 0.5, 'posterior': 0.25}[kind]
+            data.write_json(os.path.join(out, 'eval_results.json'), dict(accuracy=accuracy))
+        return SimpleNamespace(returncode=0, stdout='')
+    with little_world(), patched(subprocess, 'run', run):
+        for name in ('agnews', 'sms'):
+            ran.clear()
+            path = os.path.join(tmp(), 'rows.json')
+            text = script(bench.main, ['--task', 'curves', '--data', name, '--repeats', '1', '--json', path])[1]
+            assert [kind for kind, _, _ in ran] == ['base'] + 3 * ['train_cls.py', 'train_gen.py', 'posterior']
+            rows = data.read_json(path)
+            assert [r['size'] for r in rows] == [100, 1000, 'all'] and rows[0]['rows'] == dict(agnews=72, sms=56)[name], rows
+            assert all((r['naive_bayes'], r['discriminative'], r['generative'], r['posterior']) == (1, 0.75, 0.5, 0.25) for r in rows), rows
+            assert 'all rows per class: naive_bayes 100.00 +- nan, discriminative 75.00 +- nan, generative 50.00' in text, text
+    with little_world(), patched(subprocess, 'run', lambda *a, **k: SimpleNamespace(returncode=2, stdout='error: no')):
+        raises(UserError, bench.main, ['--task', 'curves', '--data', 'sms'], match='train_gen.py --pretrain')
 
 
 # --- runner ---
