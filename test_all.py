@@ -3094,7 +3094,7 @@ def their_curve(kind, method, rows, base, rate, steps, batch_size, max_length, b
     plain = [n for n in trained if n.endswith('bias') or '.ln_' in n or '.wte' in n or '.wpe' in n]
     opt = torch.optim.AdamW([dict(params=[p for n, p in trained.items() if n not in plain], weight_decay=0.1),
                              dict(params=[trained[n] for n in plain], weight_decay=0.0)], lr=rate)
-    warm = round(0.2 * steps)
+    warm = -(-steps // 5)                                                   # a fifth, rounded up
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: (s + 1) / warm if s < warm else (steps - s) / (steps - warm))
 
     enc, ds = data.tokenizer('bytes' if end == 256 else 'gpt2'), data.load(rows)
@@ -3164,7 +3164,7 @@ def test_gen_loss_curve_equals_transformers():
     check_curves('gen')
 
 
-def print_curves(name, steps=50):
+def print_curves(name='gpt2', steps=50):
     """`--parity`: those two tests on a published shape with random weights, at the rates that are the defaults."""
     for kind in ('cls', 'gen'):
         for method in ('full', 'lora'):
@@ -3271,7 +3271,7 @@ def test_bench_curves():
 
 def main(words):
     if words[:1] == ['--parity']:
-        print_curves(words[1], *map(int, words[2:]))
+        print_curves(*words[1:2], *map(int, words[2:]))
         shutil.rmtree(ROOT, ignore_errors=True)
         return 0
     tests = {n: f for n, f in globals().items() if n.startswith('test_') and (not words or any(w in n for w in words))}
