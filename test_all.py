@@ -1,5 +1,6 @@
-"""All tests: `python test_all.py`, or `python test_all.py NAME ...` for those whose names hold one of the words; `python test_all.py --fuzz N`
-only reads broken files, N of each kind.
+"""All tests: `python test_all.py`, or `python test_all.py NAME ...` for those whose names hold one of the words. Longer, each on its own:
+`--fuzz N [KIND ...]` reads N broken files of each kind, `--kills N` kills and resumes N runs of each method, `--parity gpt2 [STEPS]` trains on that
+shape step for step beside transformers and peft (minutes).
 
 Needs the four packages of requirements.txt and no network. Tests against real data run where $NANOCLS_DATA is set, tests against
 transformers, peft, safetensors, scikit-learn and matplotlib where they are installed; what is skipped is printed with its reason."""
@@ -41,6 +42,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')                            # transf
 import numpy as np
 import torch
 
+import bench
 import data
 import eval as evaluation                                               # not `eval`, which is Python's own
 import lora
@@ -4513,6 +4515,263 @@ def all_fuzz(n, chosen):
             print(line, flush=True)
     shutil.rmtree(ROOT, ignore_errors=True)
     return 1 if wrong else 0
+# --- step for step with transformers and peft ---
+
+def curve_rows(cfg):
+    """A folder with train.csv, val.csv and test.csv of two equal classes: random letters for the bytes, SST-2's texts for GPT-2's own vocabulary."""
+    if cfg.vocab_size == 257:                                               # labels that nothing tells, so that the loss stays up
+        rng = random.Random(0)
+        texts = [''.join(rng.choice('etaoin shrdlu') for _ in range(rng.randint(2, 40))) for i in range(106)]
+        rows = [(f'{text} {i}', 'ab'[i % 2]) for i, text in enumerate(texts)]
+    else:
+        real_data('sst2')
+        ds = data.load('sst2', max_samples=128)
+        negative, positive = ([(text, ds.labels[c]) for text, y in zip(ds.train.texts, ds.train.y) if y == c] for c in range(2))
+        rows = [row for pair in zip(negative, positive) for row in pair]
+    folder = tmp()
+    for name, part in (('train', rows[:-16]), ('val', rows[-16:-8]), ('test', rows[-8:])):
+        with open(os.path.join(folder, name + '.csv'), 'w', newline='', encoding='utf-8') as f:
+            csv.writer(f).writerows([('text', 'label'), *part])
+    return folder
+
+
+def curve_base(cfg):
+    """The folder of a base model as GPT-2 was started, but no vector of it at 0 or 1, and matrices that do as much at any width as at 768."""
+    g, model, folder = torch.Generator().manual_seed(0), GPT(cfg), tmp()
+    with torch.no_grad():
+        for name, p in model.init_weights(g).named_parameters():
+            if p.dim() == 1:
+                p.add_(torch.empty_like(p).normal_(0, 0.1, generator=g))
+            elif name.startswith('h.'):
+                p.mul_((768 / cfg.n_embd) ** 0.5)
+    gpt.save_hf(folder, model)
+    return folder
+
+
+def our_curve(kind, method, rows, base, rate, steps, batch_size, max_length):
+    """The script itself -> its loss and its rate in every step, what trains as it began, the file of what it became."""
+    begun = {}
+
+    def catch(model, *where, real=gpt.place):
+        begun.update({} if begun else {n: p.detach().clone() for n, p in lora.trainables(model).items()})
+        return real(model, *where)
+    argv = ['--data', rows, '--model', base, f'--{method}', '--lr', rate, '--max_length', max_length, '--batch_size', batch_size, '--seed', '7',
+            '--weight_decay', '0.1', '--warmup', '0.2', '--device', 'cpu', '--dtype', 'fp32', '--log_every', '1', '--eval_every', 10 * steps]
+    argv += ['--dropout', '0'] if method == 'lora' else []
+    with patched(gpt, 'place', catch):
+        if kind == 'cls':
+            out = saved = train(*argv, '--max_steps', steps)[0]
+        else:                                                               # two equal classes share the steps
+            out = generate(*argv, '--max_steps', 2 * steps, '--class_id', '0')[0]
+            saved = os.path.join(out, data.read_json(os.path.join(out, 'run.json'))['labels'][0])
+    log = [r for r in records(out) if 'loss' in r]
+    file = 'adapter_model.safetensors' if method == 'lora' else 'model.safetensors'
+    return [r['loss'] for r in log], [r['lr'] for r in log], begun, os.path.join(saved, file)
+
+
+def their_curve(kind, method, rows, base, rate, steps, batch_size, max_length, begun):
+    """The same run as one would write it with transformers, peft and torch, from the same head and the same A
+    -> losses, rates, {name in the file: tensor} before and after."""
+    import transformers
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+    transformers.logging.set_verbosity_error()                              # not that the head is new
+    zero = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    with contextlib.redirect_stderr(io.StringIO()):
+        if kind == 'cls':
+            model = transformers.GPT2ForSequenceClassification.from_pretrained(base, num_labels=2, **zero)
+        else:
+            model = transformers.GPT2LMHeadModel.from_pretrained(base, **zero)
+        end = model.config.pad_token_id = model.config.vocab_size - 1
+        if method == 'lora':
+            model = get_peft_model(model, LoraConfig(task_type='SEQ_CLS' if kind == 'cls' else 'CAUSAL_LM', r=8, lora_alpha=16, lora_dropout=0.0,
+                                                     fan_in_fan_out=True, target_modules=['c_attn', 'attn.c_proj', 'c_fc', 'mlp.c_proj']))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == len(begun) and sum(p.numel() for p in trained.values()) == sum(p.numel() for p in begun.values())
+    with torch.no_grad():                                                   # what is drawn at random
+        for n, p in trained.items():
+            if 'lora_A' in n:
+                p.copy_(begun[re.sub(r'.*transformer\.(.*)\.lora_A.*', r'\1.A', n)])
+            elif 'score' in n:
+                p.copy_(begun['score.weight'])
+
+    def state():
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False) if method == 'lora' else dict(model.named_parameters())
+        return {n: t.detach().clone() for n, t in tensors.items()}
+    before = state()
+    plain = [n for n in trained if n.endswith('bias') or '.ln_' in n or '.wte' in n or '.wpe' in n]
+    opt = torch.optim.AdamW([dict(params=[p for n, p in trained.items() if n not in plain], weight_decay=0.1),
+                             dict(params=[trained[n] for n in plain], weight_decay=0.0)], lr=rate)
+    warm = -(-steps // 5)                                                   # a fifth, rounded up
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda s: (s + 1) / warm if s < warm else (steps - s) / (steps - warm))
+
+    enc, ds = data.tokenizer('bytes' if end == 256 else 'gpt2'), data.load(rows)
+    mine = [i for i, c in enumerate(ds.train.y) if kind == 'cls' or c == 0]
+    whole = [enc.encode_ordinary(ds.train.texts[i]) for i in mine]
+    ids = [text[:max_length] for text in whole]
+    lengths = [len(text) for text in ids]
+    if kind == 'gen':                                                       # <|endoftext|> in front, and behind a text that was not cut
+        ids = [[end, *text] + [end] * (len(text) == len(uncut)) for text, uncut in zip(ids, whole)]
+    plan = [batch for epoch in range(steps) for batch in data.batches(lengths, batch_size, 7, epoch)][:steps]
+    losses, rates = [], []
+    model.train()
+    for batch in plan:
+        T = max(len(ids[i]) for i in batch)
+        x = torch.tensor([ids[i] + [end] * (T - len(ids[i])) for i in batch])
+        mask = torch.tensor([[1] * len(ids[i]) + [0] * (T - len(ids[i])) for i in batch])
+        labels = torch.tensor([ds.train.y[mine[i]] for i in batch]) if kind == 'cls' else x.masked_fill(mask == 0, -100)
+        loss = model(input_ids=x, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        losses, rates = losses + [loss.item()], rates + schedule.get_last_lr()[:1]
+        opt.step()
+        schedule.step()
+        opt.zero_grad()
+    return losses, rates, before, state()
+
+
+def curve_differences(kind, method, cfg, rate, steps=50, batch_size=8, max_length=32):
+    """-> the largest relative difference between our run and theirs, of the losses, of the rates, and of the way each tensor went; our losses."""
+    try:
+        import peft, transformers
+    except ImportError:
+        skip('transformers or peft is not installed')
+    same = kind, method, curve_rows(cfg), curve_base(cfg), rate, steps, batch_size, max_length
+    losses, rates, begun, path = our_curve(*same)
+    their_losses, their_rates, before, after = their_curve(*same, begun)
+    ours, ways = gpt.load_safetensors(path), []
+    assert len(losses) == len(their_losses) == steps and ours.keys() == after.keys()
+    for n in after:
+        a, b, start = ours[n], after[n], before[n]
+        if n.endswith('c_attn.bias'):                                       # what all keys share drops out of the softmax: its gradient is rounding
+            keys = torch.arange(len(a)) // cfg.n_embd == 1                  # alone, of which AdamW makes steps of full size
+            a, b, start = a[~keys], b[~keys], start[~keys]
+        ways.append(float((a - b).norm() / (b - start).norm()))
+    loss, lr = (float(np.max(np.abs(np.divide(a, b) - 1))) for a, b in ((losses, their_losses), (rates, their_rates)))
+    return loss, lr, max(ways), losses
+
+
+def check_curves(kind):
+    """The same batches and weights, dropout 0, float32: 50 steps of the script are 50 steps of transformers, peft and torch's AdamW."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                                # for matrices this small two that wait for each other are slower
+    try:
+        for method, rate in (('full', 1e-3), ('lora', 3e-3)):               # so large that the weights go far
+            loss, lr, way, losses = curve_differences(kind, method, SMALL, rate)
+            assert loss < 1e-4 and lr < 1e-9 and way < 2e-4, (method, loss, lr, way)
+            assert max(losses) - min(losses) > 0.02 * max(losses), (method, losses)     # it trains
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_cls_loss_curve_equals_transformers():
+    check_curves('cls')
+
+
+def test_gen_loss_curve_equals_transformers():
+    check_curves('gen')
+
+
+def print_curves(name='gpt2', steps=50):
+    """`--parity`: those two tests on a published shape with random weights, at the rates that are the defaults."""
+    for kind in ('cls', 'gen'):
+        for method in ('full', 'lora'):
+            t = time.time()
+            loss, lr, way, losses = curve_differences(kind, method, gpt.SHAPES[name], lora.LR[method], steps, 4, 64)
+            print(f'train_{kind}.py --{method}, {name}, {steps} steps, loss {losses[0]:.4f} .. {losses[-1]:.4f}; largest relative difference: '
+                  f'loss {loss:.1e}, rate {lr:.1e}, way of a tensor {way:.1e}; {time.time() - t:.0f} s', flush=True)
+
+
+# --- bench.py ---
+
+@contextlib.contextmanager
+def little_world():
+    """A cache and data sets of a few rows under the published names, and a little GPT-2 under one of its names. -> the data folder"""
+    folder = tmp()
+    shutil.copytree(os.path.join(real_data('gpt2_bpe'), 'gpt2_bpe'), os.path.join(folder, 'gpt2_bpe'))
+    line = dict(sst2='a {1} film {0}\t{2}\n', sms_spam='{3}\tcall {1} {0}\n', ag_news_csv='"{4}","{1} {0}","news"\n')
+    for name, file, n in (('sst2', 'train.tsv', 60), ('sst2', 'dev.tsv', 8), ('sms_spam', 'SMSSpamCollection', 80), ('ag_news_csv', 'train.csv', 80),
+                          ('ag_news_csv', 'test.csv', 40)):
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
+        words = ('dull', 'fine', 'red', 'blue')[:4 if name == 'ag_news_csv' else 2]                     # each tells its class
+        rows = [line[name].format(f'{file} {i}', words[i % len(words)], i % 2, ('ham', 'spam')[i % 2], 1 + i % 4) for i in range(n)]
+        write(os.path.join(name, file), ''.join(rows), folder)
+    with fresh_cache(), environment(NANOCLS_DATA=folder), patched(gpt, 'SHAPES', {**gpt.SHAPES, 'distilgpt2': gpt.Config(2, 2, 32)}):
+        yield folder
+
+
+def in_this_process(command, **kw):
+    """subprocess.run of bench.py, without the seconds that an interpreter needs for torch."""
+    assert command[:2] == [sys.executable, os.path.abspath(bench.__file__)]
+    return SimpleNamespace(returncode=0, stdout=script(bench.main, command[2:])[1], stderr='')
+
+
+def test_bench_takes_turns():
+    """Both sides of every task on a little shape: figures of both, and their ratio."""
+    try:
+        import peft, transformers
+    except ImportError:
+        skip('transformers or peft is not installed')
+    transformers.logging.set_verbosity_error()
+    small = ['--model', 'distilgpt2', '--device', 'cpu', '--dtype', 'fp32', '--batch_size', '2', '--steps', '30', '--repeats', '1']
+    trained = []
+
+    def train_here(command, log, steps):
+        assert os.path.basename(command[1]) == 'train_cls.py' and os.path.dirname(log) == command[-1]
+        trained.append(train_cls.main(command[2:]))
+    with little_world(), patched(subprocess, 'run', in_this_process), patched(bench, 'stop_before_the_test', train_here):
+        for task, *more in (['lora'], ['last'], ['eval'], ['gen'], ['gen', '--batch_size', '1']):          # 1: theirs is then the model's own loss
+            path = os.path.join(tmp(), 'figures.json')
+            text = script(bench.main, ['--task', task, *small, *more, '--against', 'hf', '--json', path])[1]
+            found = data.read_json(path)
+            rates = found['examples_per_s']
+            assert list(rates) == ['nanocls', 'Hugging Face'] and all(rate > 0 for rate in rates.values()), (task, rates)
+            assert (found['task'], found['model'], found['dtype']) == (task, 'distilgpt2', 'fp32')
+            assert found['ratio'] == rates['nanocls'] / rates['Hugging Face'] and f'ratio {found["ratio"]:.2f}' in text
+        assert trained == [None, None] and len(os.listdir(os.path.join(data.cache_dir(), 'bench'))) == 1       # one base for all
+
+
+def test_bench_stops_before_the_test():
+    log = os.path.join(tmp(), 'log.jsonl')
+    code = f'import time; open({log!r}, "w").write(\'{{"step": 30, "loss": 1}}\'); time.sleep(60)'
+    t = time.time()
+    bench.stop_before_the_test([sys.executable, '-S', '-c', code], log, 30)
+    assert time.time() - t < 30
+    code = 'import sys; sys.stderr.write("no luck"); sys.exit(3)'
+    raises(UserError, bench.stop_before_the_test, [sys.executable, '-S', '-c', code], 'nowhere', 30, match='no luck')
+
+
+def test_bench_curves():
+    """Which scripts it would run, with flags that they know; which accuracy stands in which column."""
+    ran = []
+
+    def run(command, **kw):
+        name, flags = os.path.basename(command[1]), command[2:]
+        out = flags[flags.index('--out') + 1]
+        if '--resume' in flags:
+            kind = 'posterior'
+            assert out in [made for _, _, made in ran] and '--posterior_steps' in flags
+        else:
+            args = (train_cls if name == 'train_cls.py' else train_gen).parse(flags)[0]
+            kind = 'base' if args.method == 'pretrain' else name
+            assert kind == 'base' or args.model == ran[0][2], 'all over the one base'
+            data.make_folder(out)
+        ran.append((kind, flags, out))
+        if kind != 'base':
+            accuracy = {'train_cls.py': 0.75, 'train_gen.py': 0.5, 'posterior': 0.25}[kind]
+            data.write_json(os.path.join(out, 'eval_results.json'), dict(accuracy=accuracy))
+        return SimpleNamespace(returncode=0, stdout='')
+    with little_world(), patched(subprocess, 'run', run):
+        for name in ('agnews', 'sms'):
+            ran.clear()
+            path = os.path.join(tmp(), 'rows.json')
+            text = script(bench.main, ['--task', 'curves', '--data', name, '--repeats', '1', '--json', path])[1]
+            assert [kind for kind, _, _ in ran] == ['base'] + 3 * ['train_cls.py', 'train_gen.py', 'posterior']
+            rows = data.read_json(path)
+            assert [r['size'] for r in rows] == [100, 1000, 'all'] and rows[0]['rows'] == dict(agnews=72, sms=56)[name], rows
+            assert all((r['naive_bayes'], r['discriminative'], r['generative'], r['posterior']) == (1, 0.75, 0.5, 0.25) for r in rows), rows
+            assert 'all rows per class: naive_bayes 100.00 +- nan, discriminative 75.00 +- nan, generative 50.00' in text, text
+    with little_world(), patched(subprocess, 'run', lambda *a, **k: SimpleNamespace(returncode=2, stdout='error: no')):
+        raises(UserError, bench.main, ['--task', 'curves', '--data', 'sms'], match='train_gen.py --pretrain')
 
 
 # --- runner ---
@@ -4520,12 +4779,17 @@ def all_fuzz(n, chosen):
 def main(words):
     if words[:1] == ['--kills']:
         kill_long(int(words[1]))
+        shutil.rmtree(ROOT, ignore_errors=True)
         return 0
     if words[:1] == ['--fuzz']:
         if not (len(words) > 1 and words[1].isdecimal() and set(words[2:]) <= set(kinds())):
             print(f'usage: python test_all.py --fuzz N [KIND ...]; the kinds are {", ".join(kinds())}')
             return 2
         return all_fuzz(int(words[1]), words[2:])
+    if words[:1] == ['--parity']:
+        print_curves(*words[1:2], *map(int, words[2:]))
+        shutil.rmtree(ROOT, ignore_errors=True)
+        return 0
     tests = {n: f for n, f in globals().items() if n.startswith('test_') and (not words or any(w in n for w in words))}
     passed, failed, skipped, start = 0, [], 0, time.time()
     for name, test in tests.items():
