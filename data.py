@@ -219,9 +219,9 @@ def log_row(line):
         row = parse_json(line)
     except ValueError:
         return None
-    sane = isinstance(row,
-                      dict) and all(isinstance(v, (int, float, str)) for v in row.values()) and type(row.get("step")) is int
-    return row if sane else None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    return row if all(isinstance(v, (int, float, str)) for v in row.values()) else None
 
 def read_bytes(path):
     try:
@@ -246,9 +246,9 @@ def sha256_file(path, kind="sha256"):
 
 # --- finding and downloading ------------------------------------------------------------------------------------------
 
-MAX_MEMBER = 32 << 20    # bytes of one file in an archive: the largest here has 4 MB
-MAX_UNPACKED = 512 << 20  # bytes of a whole archive, unpacked: IMDB's has 0.3 GB
-TIMEOUT = (10, 60)       # seconds to connect, seconds without a byte
+MAX_MEMBER = 32 << 20   # bytes of one file in an archive: the largest here has 4 MB
+MAX_UNPACKED = 1 << 30  # bytes of a whole archive, unpacked: several times IMDB's
+TIMEOUT = (10, 60)      # seconds to connect, seconds without a byte
 
 def find(rel, data_dir=None):
     """The first file that matches rel in --data_dir or $NANOCLS_DATA, then in the cache; None when there is none."""
@@ -904,9 +904,8 @@ def tokenize(enc, texts, cache=True):
         try:
             with np.load(path, allow_pickle=False) as z:
                 flat, starts = z["flat"], z["starts"]
-            if (flat.dtype, starts.dtype) == (np.uint16, np.int64) and starts.shape == (len(texts) + 1,
-                                                                                        ) and starts[0] == 0 and (
-                    flat.shape == (starts[-1],) and (np.diff(starts) > 0).all() and flat.max(initial=0) < enc.n_vocab):
+            whole = (flat.dtype, starts.dtype, starts.shape) == (np.uint16, np.int64, (len(texts) + 1,)) and starts[0] == 0
+            if whole and flat.shape == (starts[-1],) and (np.diff(starts) > 0).all() and flat.max(initial=0) < enc.n_vocab:
                 return Tokens(flat, starts)
         except Exception:
             pass  # half written by a crash, or damaged in one of the many ways that numpy names: made anew

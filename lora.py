@@ -26,8 +26,8 @@ METHODS = dict(cls=('lora', 'head', 'last', 'full', 'adapter', 'prompt'), gen=('
 # where published recipes for pretrained GPT-2 start; random weights need larger steps
 LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2, prefix=3e-5, pretrain=3e-5)
 LR_SCRATCH = 3e-4
-LR_NANO = 3e-3                                      # LoRA on the demo's small model
-LR_HELP = 'peak learning rate; without it ' + ', '.join(f'{m} {rate:g}' for m, rate in [*LR.items(), ('with --scratch', LR_SCRATCH), ('LoRA on nano', LR_NANO)])
+LR_NANO = dict(cls=3e-3, gen=6e-3)                  # LoRA on the demo's small model
+LR_HELP = 'peak learning rate; without it ' + ', '.join(f'{m} {rate:g}' for m, rate in [*LR.items(), ('with --scratch', LR_SCRATCH), ('LoRA on nano', LR_NANO['cls']), ('of train_gen.py', LR_NANO['gen'])])
 TARGETS = 'c_attn,attn.c_proj,c_fc,mlp.c_proj'      # every matrix of a block; beats attention alone at the same number of parameters
 REGEX_SECONDS = 5                                   # for PEFT's target_modules; usual ones take 0.1, of which Python's start is most
 SMALL_BASE = 20_000_000                             # bytes; a base model below this travels inside the run folder
@@ -364,7 +364,9 @@ def settle(args, given, needs):
 def default_lr(args):
     if args.scratch:
         return LR_SCRATCH
-    return LR_NANO if (args.model, args.method) == ('nano', 'lora') else LR.get(args.method)
+    if (args.model, args.method) == ('nano', 'lora'):
+        return LR_NANO['gen' if hasattr(args, 'pretrain') else 'cls']
+    return LR.get(args.method)
 
 
 def strange_flags(args, saved):
@@ -649,7 +651,7 @@ def malformed(info):
 def named_classes(folder):
     """The class names in a folder's config.json, by their ids; None where it has none. transformers leaves LABEL_0, LABEL_1 out."""
     path = os.path.join(folder, 'config.json')
-    id2label = data.read_json(path).get('id2label') if os.path.isfile(path) else None
+    id2label = data.read_object(path).get('id2label') if os.path.isfile(path) else None
     if not id2label:
         return None
     try:
@@ -678,7 +680,7 @@ def elsewhere(path):
     """What run.json would say of a folder that transformers or PEFT wrote. UserError where it holds no classifier of this kind."""
     config = os.path.join(path, 'config.json')
     if os.path.isfile(os.path.join(path, 'adapter_config.json')):
-        method, c = 'lora' if 'r' in peft_config(path) else 'prompt', data.read_json(os.path.join(path, 'adapter_config.json'))
+        method, c = 'lora' if 'r' in peft_config(path) else 'prompt', data.read_object(os.path.join(path, 'adapter_config.json'))
         if c.get('task_type') not in ('SEQ_CLS', None):
             raise UserError(f'{path} is no adapter of a classifier (its task_type is {c["task_type"]}); merge it into its base model with PEFT '
                             'and train a classifier over that with --model')
@@ -687,9 +689,9 @@ def elsewhere(path):
         if head not in tensors:
             raise UserError(f'{path} lacks {head}: the adapter was saved without its class head; train it with modules_to_save=["score"]')
     elif os.path.isfile(config):
-        method, base, tensors, head, c = 'full', path, gpt.folder_tensors(path), 'score.weight', data.read_json(config)
+        method, base, tensors, head, c = 'full', path, gpt.folder_tensors(path), 'score.weight', data.read_object(config)
         gpt.read_config(path, tensors, path)
-        if head not in tensors and 'GPT2ForSequenceClassification' not in (c.get('architectures') or ()):
+        if head not in tensors and 'GPT2ForSequenceClassification' not in str(c.get('architectures')):
             raise UserError(f'{path} is a language model, not a classifier (it has no score.weight); train one over it with --model {path}')
         if c.get('problem_type') not in (None, 'single_label_classification'):
             raise UserError(f'{config}: problem_type is {c["problem_type"]!r}; here every text has one class')
@@ -702,10 +704,10 @@ def elsewhere(path):
     if len(labels) < 2:
         raise UserError(f'{path}: {head} has one row, which gives a number and not a class')
     tokenizer = os.path.join(path, 'tokenizer_config.json')         # says how much of a text is read, if it was saved
-    t = data.read_json(tokenizer) if os.path.isfile(tokenizer) else {}
-    limit = t.get('model_max_length')
+    t = data.read_object(tokenizer) if os.path.isfile(tokenizer) else {}
+    limit = t.get('model_max_length')                               # 10**30 where there is none
     args = dict(data=None, data_dir=None, seed=1337, val=None, test=None, text_col=None, label_col=None, max_samples=None, balance=False, quick=False,
-                max_length=limit if type(limit) is int else None, truncate='tail' if t.get('truncation_side') == 'left' else 'head')
+                max_length=limit if type(limit) is int and limit > 0 else None, truncate='tail' if t.get('truncation_side') == 'left' else 'head')
     return dict(kind='cls', method=method, model=base, data=None, labels=labels, args=args, base=dict(name=base, sha256=None))
 
 

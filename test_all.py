@@ -4337,6 +4337,31 @@ def fuzz_run(folder):
     return case
 
 
+def fuzz_foreign(folder):
+    """Folders without run.json, as transformers and PEFT write them."""
+    folders = {}
+    for method in ('full', 'lora', 'prompt'):
+        there, model = os.path.join(folder, method), formula_model(FUZZED, 2)
+        lora.adapt(model, method, r=2, prompt=3)
+        lora.save_weights(there, model, method, ['no', 'yes'], os.path.join(folder, 'full'))
+        data.write_json(os.path.join(there, 'tokenizer_config.json'), dict(model_max_length=16, truncation_side='left'))
+        folders[there] = {path: data.read_bytes(path) for path in (os.path.join(there, name) for name in sorted(tree(there)))}
+
+    def case(rng):
+        there = rng.choice(list(folders))
+        files = folders[there]
+        path = rng.choice(list(files))
+        write(path, odd_json(rng, files[path]) if path.endswith('.json') else odd_safetensors(rng, files[path]))
+
+        def use():
+            try:
+                script(predict.main, [there, '--device', 'cpu', '--dtype', 'fp32', 'a text that is classified', ''])
+            finally:
+                write(path, files[path])
+        return use
+    return case
+
+
 def fuzz_log(folder):
     """log.jsonl, which --resume goes on writing and --plot draws."""
     lines = [json.dumps(dict(step=i, loss=0.5, lr=1e-3, val_loss=0.4, val_accuracy=0.5)).encode() for i in range(12)]
