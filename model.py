@@ -46,6 +46,7 @@ SHAPES = {
     'nano': Config(4, 4, 128, 256, 257),    # 0.9M, bytes: made here for the demo, see nano_folder
 }
 HUB_NAMES = {name: f'{owner}/{name}' for name, owner in data.WEIGHTS.items()}
+NANO_STEPS = 1600       # of its training; a minute or more on two cores
 LOGITS = 2**23      # next-token logits held at a time on a CPU: 32 MB in float32; 16 times as many on a GPU
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -651,8 +652,14 @@ def in_batches(fn, model, tokens, max_length, truncate, device, dtype, batch_tok
     while at < len(order):
         index = order[at:at + max(1, batch_tokens // (copies * int(lengths[order[at]])))]
         ids, n = data.collate(tokens, index, max_length, truncate, model.end, device)
-        with autocast(device, dtype):
-            parts.append(fn(ids, n, index).float())
+        try:
+            with autocast(device, dtype):
+                parts.append(fn(ids, n, index).float())
+        except torch.OutOfMemoryError:
+            if len(index) == 1:
+                raise UserError(f'out of memory with a single text of {int(n[0])} tokens; try a smaller --max_length or another --device') from None
+            batch_tokens //= 2                                      # the results do not depend on it
+            continue
         at += len(index)
         if progress and rank() == 0 and sys.stderr.isatty():
             print(f'\r{at:,} of {len(order):,} texts ', end='\n' if at == len(order) else '', file=sys.stderr, flush=True)
@@ -850,7 +857,7 @@ def advice_on_memory(args):
 def mean_finite(losses, step, plan_of, lr, out):
     """Mean of the losses (tensors of one value) of the steps up to `step`, all ranks' shares added. Raises UserError if one is not finite, with
     the rows of that step, plan_of(step) -> (rows,): a single text can do it."""
-    values = across_ranks(torch.stack(losses).detach().double()).tolist()
+    values = across_ranks(torch.stack(losses).detach().cpu().double()).tolist()
     for i, value in enumerate(values):
         if not math.isfinite(value):
             bad = step - len(values) + i + 1
@@ -948,8 +955,9 @@ def nano_folder():
     data.make_folder(os.path.dirname(folder))
     with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as made:
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'train_gen.py')
-        flags = '--pretrain --data demo --model nano --scratch --max_steps 1600 --batch_size 16 --lr 3e-3 --schedule cosine --seed 0 --log_every 400'
-        command = [sys.executable, script, *flags.split(), '--eval_every', '1600', '--out', os.path.join(made, 'nano')]
+        flags = '--pretrain --data demo --model nano --scratch --batch_size 16 --lr 3e-3 --schedule cosine --seed 0 --log_every 400'
+        steps = ['--max_steps', str(NANO_STEPS), '--eval_every', str(NANO_STEPS)]
+        command = [sys.executable, script, *flags.split(), *steps, '--out', os.path.join(made, 'nano')]
         alone = {name: v for name, v in os.environ.items() if name not in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR')}      # not one of torchrun's
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone) as p:
             for line in p.stdout:

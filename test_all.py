@@ -3552,6 +3552,52 @@ def kill_and_resume(name, kills, seed):
     return struck
 
 
+def test_validation_rows_keep_their_labels():
+    """Row by row, the validation predictions that a run writes are those of its own weights, on the split's own labels; in the rows' order."""
+    out, _ = train(*TINY, '--full', '--dtype', 'fp32', '--max_steps', '2', '--eval_every', '2')      # one evaluation: what it saw is what was saved
+    for folder in (out, gen_run('lora')):
+        run = lora.open_run(folder, 'cpu', 'fp32')
+        val = evaluation.own_data(run.info, None).val
+        logits = run.logits(val.texts)
+        preds, labels = (data.read_json(os.path.join(folder, f'val_{x}.json')) for x in ('preds', 'labels'))
+        want = evaluation.softmax(run.calibrated(logits))
+        assert labels == [run.labels[i] for i in val.y]
+        assert np.allclose([[p['probs'][label] for label in run.labels] for p in preds], want, atol=1e-5), folder
+        texts = [f'{"red cat " * i}one' for i in range(9)]                                            # of rising length: nothing is in this order by luck
+        alone = np.concatenate([run.logits([text]) for text in texts])
+        assert np.allclose(run.logits(texts), alone, atol=1e-3) and np.ptp(alone[:, 0]) > 0.01, folder
+
+
+def test_opened_runs_do_not_train():
+    for folder in (tiny_run('lora'), gen_run('lora'), gen_run('full')):
+        run = lora.open_run(folder, 'cpu', 'fp32')
+        models = [model for model, _ in run.passes] if run.kind == 'gen' else [run.model]
+        assert not any(m.training for model in models for m in model.modules()) and not any(p.requires_grad for model in models for p in model.parameters())
+        assert {m.scale for model in models for m in model.modules() if isinstance(m, lora.LoRA)} <= {16 / run.args['r']}
+
+
+def test_shares_of_a_step():
+    """Ranks share the rows of a step; one without a row takes one that counts nothing."""
+    with patched(gpt, 'ranks', lambda: 3):
+        for n in (7, 2, 1):
+            shares = []
+            for i in range(3):
+                with patched(gpt, 'rank', lambda i=i: i):
+                    shares.append(gpt.share_of(np.arange(n)))
+            assert sorted(r for rows, counts in shares if counts for r in rows) == list(range(n))
+            assert [counts for _, counts in shares] == [3.0] * min(n, 3) + [0.0] * (3 - min(n, 3)) and all(len(rows) for rows, _ in shares)
+
+
+def test_killed_before_the_first_step():
+    """From the moment a run has its folder there is something to go on with."""
+    for main, flags, work in ((train_cls.main, [*TINY, '--max_steps', '2'], ''), (train_gen.main, ['--data', topics(), *SHAPE, '--max_steps', '4'], 'animals.part')):
+        out = os.path.join(tmp(), 'run')
+        with patched(gpt, 'seed_step', stop_here):
+            raises(Stop, main, [*flags, '--out', out])
+        assert gpt.load_resume(os.path.join(out, work))['step'] == 0
+        assert not script(main, ['--resume', '--out', out])[0] and os.path.isfile(os.path.join(out, 'eval_results.json'))
+
+
 def test_killed_runs_end_the_same():
     """kill -9 anywhere, --resume: bitwise the run that was never killed. python test_all.py --kills N does it N times per method."""
     for name in ('train_cls lora', 'train_cls full', 'train_gen --lora --posterior_steps 4'):
@@ -3604,6 +3650,22 @@ def test_out_of_memory_names_a_batch_size():
     for size, match in ((8, '--batch_size 4 --grad_accum 2'), (1, 'a smaller --max_length')):
         with patched(GPT, 'trunk', full):
             raises(UserError, train_cls.main, [*TINY, '--batch_size', str(size), '--out', os.path.join(tmp(), 'run')], match=match)
+
+
+def test_out_of_memory_in_evaluation_takes_smaller_batches():
+    """The results are those of the batches that did fit; a single text that does not is one sentence."""
+    run, texts = lora.open_run(tiny_run('full'), 'cpu', 'fp32'), [f'{"very " * (i % 7)}good {i}' for i in range(40)]
+    want, real = run.logits(texts), GPT.trunk
+    for room in (100, 1):
+        def small(self, ids, *a, room=room, **k):
+            if ids.numel() > room:
+                raise torch.OutOfMemoryError('out of memory')
+            return real(self, ids, *a, **k)
+        with patched(GPT, 'trunk', small):
+            if room == 1:
+                raises(UserError, run.logits, texts, match='a single text')
+            else:
+                assert np.allclose(run.logits(texts), want, atol=1e-5)
 
 
 def test_two_runs_with_one_folder():
