@@ -898,8 +898,10 @@ def restore(saved, params, opt, scaler):
             opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=opt.state_dict()['param_groups']))      # the settings are the flags'
             for p in params.values():
                 state = opt.state.get(p, {})
-                if state and {k: t.shape for k, t in state.items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
+                if state != {} and {k: t.shape for k, t in state.items()} != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
                     raise ValueError('a state of another shape')
+                if state and not 0 <= float(state['step']) <= saved['step']:         # fewer where float16 has skipped some
+                    raise ValueError('a state of other steps')
             scaler.load_state_dict(saved['scaler'])
         if saved['best'] is not None and not all(type(v) in (int, float) for v in [*saved['best']]):
             raise ValueError('a score that is no number')

@@ -3600,6 +3600,21 @@ def test_killed_before_the_first_step():
         assert not script(main, ['--resume', '--out', out])[0] and os.path.isfile(os.path.join(out, 'eval_results.json'))
 
 
+def test_resume_state_is_checked():
+    """What the fuzz found: an optimizer state that is a list, or of steps that never were, is one sentence and not a crash in the next step."""
+    layer = torch.nn.Linear(2, 2)
+    params = dict(layer.named_parameters())
+    for change in ([], dict(step=torch.tensor(-1.0)), dict(step=torch.tensor(99.0)), dict(exp_avg=torch.zeros(3))):
+        opt, scaler = torch.optim.AdamW(params.values()), torch.amp.GradScaler('cpu', enabled=False)
+        sum(p.sum() for p in params.values()).backward()
+        opt.step()
+        state = opt.state_dict()['state']
+        saved = dict(step=1, best=None, params={n: p.detach() for n, p in params.items()}, opt=dict(state=state), scaler=scaler.state_dict())
+        assert gpt.restore(saved, params, torch.optim.AdamW(params.values()), scaler) == (1, None)
+        state[0] = {**state[0], **change} if change else change
+        raises(UserError, gpt.restore, saved, params, torch.optim.AdamW(params.values()), scaler, match='resume.pt')
+
+
 def test_killed_runs_end_the_same():
     """kill -9 anywhere, --resume: bitwise the run that was never killed. python test_all.py --kills N does it N times per method."""
     for name in ('train_cls lora', 'train_cls full', 'train_gen --lora --posterior_steps 4'):
