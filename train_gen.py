@@ -576,7 +576,7 @@ def main(argv=None):
         gpt.meet()                                                  # the other ranks find it in place
 
     # --- calibration on the validation rows and the final test, on what was saved, opened as predict.py opens it ---
-    model = net = opt = params = None                                     # their memory is needed for the run as it is opened
+    model = net = opt = params = None                               # their memory is needed for the run as it is opened
     if args.pretrain:
         print(f'\nbest on validation: {-best[0]:.4f} nats per token; saved in {args.out}; try:\n  python train_cls.py --model {args.out} --data ...')
         return
