@@ -307,8 +307,8 @@ def main(argv=None):
     for name, rate in medians.items():
         lo, hi = np.percentile(blocks[name], [25, 75])
         print(f'{name:>14}  {rate:8.1f} examples/s  (middle half of {len(blocks[name])} blocks: {lo:.1f} to {hi:.1f})')
-    result = dict(task=args.task, model=args.model, batch_size=args.batch_size, device=args.device, dtype=args.dtype, hf_dtype=args.hf_dtype or args.dtype, torch=torch.__version__,
-                  threads=torch.get_num_threads(), examples_per_s=medians)
+    result = dict(task=args.task, model=args.model, batch_size=args.batch_size, device=args.device, dtype=args.dtype,
+                  hf_dtype=args.hf_dtype or args.dtype, torch=torch.__version__, threads=torch.get_num_threads(), examples_per_s=medians)
     if args.against:
         result['ratio'] = medians['nanocls'] / medians['Hugging Face']
         print(f'ratio {result["ratio"]:.2f}')

@@ -27,7 +27,8 @@ METHODS = dict(cls=('lora', 'head', 'last', 'full', 'adapter', 'prompt'), gen=('
 LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2, prefix=3e-5, pretrain=3e-5)
 LR_SCRATCH = 3e-4
 LR_NANO = dict(cls=3e-3, gen=6e-3)                  # LoRA on the demo's small model
-LR_HELP = 'peak learning rate; without it ' + ', '.join(f'{m} {rate:g}' for m, rate in [*LR.items(), ('with --scratch', LR_SCRATCH), ('LoRA on nano', LR_NANO['cls']), ('of train_gen.py', LR_NANO['gen'])])
+LR_HELP = 'peak learning rate; without it ' + ', '.join(f'{m} {rate:g}' for m, rate in [
+    *LR.items(), ('with --scratch', LR_SCRATCH), ('LoRA on nano', LR_NANO['cls']), ('of train_gen.py', LR_NANO['gen'])])
 TARGETS = 'c_attn,attn.c_proj,c_fc,mlp.c_proj'      # every matrix of a block; beats attention alone at the same number of parameters
 REGEX_SECONDS = 5                                   # for PEFT's target_modules; usual ones take 0.1, of which Python's start is most
 SMALL_BASE = 20_000_000                             # bytes; a base model below this travels inside the run folder

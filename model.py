@@ -218,7 +218,8 @@ class GPT(nn.Module):
         return x[:, x.shape[1] - ids.shape[1]:]
 
     def lm_logits(self, ids):
-        """ids (B, T) int64 -> next-token logits (B, T, V), of a model with K classes (K B, T, V), float32 in every precision: they lie near -100, where bfloat16 is 0.5 apart."""
+        """ids (B, T) int64 -> next-token logits (B, T, V), of a model with K classes (K B, T, V); float32 in every precision, since they lie
+        near -100, where bfloat16 is 0.5 apart."""
         h = self.hidden(ids)
         with torch.autocast(h.device.type, enabled=False):
             dtype = torch.promote_types(h.dtype, torch.float32)
@@ -862,9 +863,10 @@ def mean_finite(losses, step, plan_of, lr, out):
         if not math.isfinite(value):
             bad = step - len(values) + i + 1
             rows = np.sort(plan_of(bad)).tolist()
-            raise UserError(f'the loss or its gradient is not finite at step {bad} ({value}), made of the training rows {", ".join(map(str, rows[:32]))}'
-                            f'{", ..." if len(rows) > 32 else ""} (0 is the first): try a smaller --lr than {lr:g}, or --dtype fp32, or look at these '
-                            f'texts; {out} keeps the last checkpoint, and --resume goes on from it')
+            shown = ', '.join(map(str, rows[:32])) + ', ...' * (len(rows) > 32)
+            raise UserError(f'the loss or its gradient is not finite at step {bad} ({value}), made of the training rows {shown} (0 is the first): '
+                            f'try a smaller --lr than {lr:g}, or --dtype fp32, or look at these texts; {out} keeps the last checkpoint, and '
+                            '--resume goes on from it')
     return sum(values) / len(values)
 
 
