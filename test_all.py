@@ -3717,6 +3717,19 @@ def test_classes_trained_by_several_processes_at_once():
     assert np.allclose(a, b, atol=1e-3), (a, b)
 
 
+def test_several_interrupted_classes():
+    """Processes with a class each, all killed: every --resume finishes one of them, the last one the run."""
+    out, flags = os.path.join(tmp(), 'run'), ['--data', topics(), *SHAPE, '--max_steps', '4']
+    for k in '01':
+        with patched(gpt, 'seed_step', stop_here):
+            raises(Stop, train_gen.main, [*flags, '--class_id', k, '--out', out])
+    assert {'animals.part', 'numbers.part'} <= set(os.listdir(out))
+    for there in ({'animals', 'numbers.part'}, {'animals', 'numbers', 'eval_results.json'}):
+        generate('--resume', out=out)
+        assert there <= set(os.listdir(out)), os.listdir(out)
+    assert lora.open_run(out, 'cpu', 'fp32').logits(['cat']).shape == (1, 2)
+
+
 @contextlib.contextmanager
 def files_of_at_most(size):
     """As on a full disk: a file cannot grow beyond so many bytes."""

@@ -134,11 +134,10 @@ def resume(args, given):
     if not args.out:
         raise UserError('--resume needs --out, the folder of the run to go on with')
     found = glob.glob(os.path.join(glob.escape(args.out), '*.part', 'resume.pt')) + glob.glob(os.path.join(glob.escape(args.out), 'resume.pt'))
-    if len(found) > 1:
-        raise UserError(f'{args.out} holds {len(found)} interrupted classes ({", ".join(sorted(found))}); remove all but one of these files')
-    if found:
-        saved = gpt.load_resume(os.path.dirname(found[0]))
-        return lora.resumed(args, given, saved['args']), set(), {**saved, 'work': os.path.dirname(found[0])}
+    if found:                                                       # of several classes, each trained by a process of its own, the first
+        work = os.path.dirname(min(found))
+        saved = gpt.load_resume(work)
+        return lora.resumed(args, given, saved['args']), set(), {**saved, 'work': work}
     info = lora.read_run(args.out)
     if info.get('kind') != 'gen':
         raise UserError(f'{args.out} was trained by train_cls.py; go on with that')
