@@ -665,10 +665,11 @@ def in_batches(fn, model, tokens, max_length, truncate, device, dtype, batch_tok
         if progress and rank() == 0 and sys.stderr.isatty():
             print(f'\r{at:,} of {len(order):,} texts ', end='\n' if at == len(order) else '', file=sys.stderr, flush=True)
     model.train(was_training)
-    found = [torch.cat(parts).cpu().numpy() if parts else None]
+    mine = torch.cat(parts).cpu().numpy() if parts else None
+    found = [mine]
     if ranks() > 1:
         found = [None] * ranks()
-        torch.distributed.all_gather_object(found, torch.cat(parts).cpu().numpy() if parts else None)
+        torch.distributed.all_gather_object(found, mine)
     out = np.empty((len(whole), found[0].shape[1]), np.float32)
     for i, logits in enumerate(found):
         if logits is not None:
