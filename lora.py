@@ -35,14 +35,39 @@ SMALL_BASE = 20_000_000                             # bytes; a base model below 
 
 # ------------------------------------------------------------------------------------------------------------ wrappers
 
+class Dropout(torch.autograd.Function):
+    """F.dropout(x, p) in training, for CPUs, where bernoulli_ draws a number per value, one after another, and took a quarter of a training
+    step. The distances between dropped values are geometric, so one draw per dropped value does: the floor of an exponential of rate -log(1 - p)."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.p, ctx.at = p, torch.from_numpy(Dropout.places(x.numel(), p))
+        return Dropout.masked(ctx, x)
+
+    @staticmethod
+    def backward(ctx, g):
+        return Dropout.masked(ctx, g), None
+
+    @staticmethod
+    def masked(ctx, x):
+        return (x.reshape(-1) * (1 / (1 - ctx.p))).index_fill_(0, ctx.at, 0).view(x.shape)
+
+    @staticmethod
+    def places(n, p):
+        """Which of n values are dropped -> int64 numpy, ascending. The seed is drawn from torch's generator."""
+        draw = np.random.Generator(np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))).standard_exponential
+        at, last = [], -1
+        while last < n:
+            gaps = draw(int(n * p + 6 * math.sqrt(n * p)) + 16, np.float32) / -math.log1p(-p)
+            at.append(last + np.cumsum(gaps.astype(np.int64) + 1))  # nearly always enough at once
+            last = at[-1][-1]
+        at = np.concatenate(at)
+        return at[:np.searchsorted(at, n)]
+
+
 def dropout(x, p):
-    """F.dropout(x, p) in training. On a CPU bernoulli_ draws a number per value, one after another, and took a quarter of a training step;
-    here one 64-bit draw serves four values. p is rounded to 1/65536, and the kept values are scaled for that p, so the mean is exact."""
-    if x.device.type != 'cpu':
-        return F.dropout(x, p)
-    n, dropped = x.numel(), round(p * 65536)
-    bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
-    return x * (bits >= dropped - 32768).to(x.dtype) * (65536 / (65536 - dropped))
+    """F.dropout(x, p) in training."""
+    return Dropout.apply(x, p) if x.device.type == 'cpu' else F.dropout(x, p)
 
 
 class LoRA(nn.Module):
@@ -60,10 +85,38 @@ class LoRA(nn.Module):
         axis = (classes,) if classes else ()
         self.A = nn.Parameter(torch.empty(*axis, r, n_in).uniform_(-1 / math.sqrt(n_in), 1 / math.sqrt(n_in)))
         self.B = nn.Parameter(torch.zeros(*axis, n_out, r))
+        self.folded = None
 
-    def forward(self, x):                                           # (..., in) -> (..., out)
+    def forward(self, x, gelu=False):                               # (..., in) -> (..., out); gelu: GELU of it
+        if self.folds(x, gelu):
+            return self.fold(x, gelu)
+        y = self.updated(x)
+        return F.gelu(y, approximate='tanh') if gelu else y
+
+    def folds(self, x, gelu):
+        """Is fold() to be used? While nothing trains, where oneDNN packs weights, and if the update is thin enough for it to pay."""
+        frozen = not (self.A.requires_grad or self.B.requires_grad or (self.training and self.p) or torch.is_grad_enabled() and x.requires_grad)
+        return frozen and getattr(self.base, 'packs', False) and self.A.numel() <= self.A.shape[-1]**2 // (4 if gelu else 16)
+
+    def fold(self, x, gelu):
+        """x W + (x A^T) B^T is one product, (x, x A^T) times W on top of B^T, and GELU comes with it. Of K classes all B^T stand below W, and a
+        row has zeros for the other classes."""
+        k, r, n_in = len(self.A) if self.A.dim() == 3 else 1, *self.A.shape[-2:]
+        if self.folded is None:
+            B = self.B.view(k, -1, r).transpose(1, 2).flatten(0, 1)                                    # (K r, out)
+            self.folded = gpt.Packed(torch.cat((self.base.weight, B)), self.base.bias)
+            self.down = (self.A * self.scale).view(k, r, n_in).transpose(1, 2).to(torch.bfloat16)       # (K, in, r)
+        wide = torch.empty(*x.shape[:-1], n_in + k * r, dtype=torch.bfloat16)
+        wide[..., :n_in] = x
+        wide[..., n_in + r if k == 1 else n_in:] = 0
+        for i, rows in enumerate(wide.view(k, -1, n_in + k * r)):
+            rows[:, n_in + i * r:n_in + (i + 1) * r] = rows[:, :n_in] @ self.down[i]
+        return self.folded.product(wide, gelu)
+
+    def updated(self, x):                                           # (..., in) -> (..., out)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))       # rounded once, before the mask
         y = self.base(x)
-        x = x.to(y.dtype)                                           # under autocast: rounded once, before the mask
         if self.training and self.p:
             x = dropout(x, self.p)
         if self.A.dim() == 3:                                       # (K B, T, in): K slices of B T rows

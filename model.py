@@ -9,6 +9,7 @@ import mmap
 import os
 import pickletools
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -47,9 +48,48 @@ SHAPES = {
 }
 HUB_NAMES = {name: f'{owner}/{name}' for name, owner in data.WEIGHTS.items()}
 NANO_STEPS = 1600       # of its training; a minute or more on two cores
+FROZEN_BYTES = 8 * 2**30        # of FrozenStates that the cache keeps; SST-2's are 1.3 GB, those of the head alone 0.2 GB
 LOGITS = 2**23      # next-token logits held at a time on a CPU: 32 MB in float32; 16 times as many on a GPU
 
 # -------------------------------------------------------------------------------------------------------------- model
+
+class Packed:
+    """A frozen matrix W (in, out), with bias (out,), in bfloat16 and in the blocks that oneDNN's kernels read, as torch.compile packs the weights
+    of an inference graph; a product from rows makes those blocks anew each time, a fifth of its time. `product` is x W + b, differentiable in x."""
+
+    def __init__(self, W, bias):
+        self.W, self.bias = W, bias.detach().to(torch.bfloat16)
+        self.there, self.back = self.pack(W.t()), None              # back, of the gradient, is packed when one is asked for
+
+    @staticmethod
+    def possible(device, dtype):
+        ops = torch.ops.mkldnn
+        return (device.type == 'cpu' and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and cpu_has_bf16()
+                and hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise'))
+
+    @staticmethod
+    def pack(W):                                                    # (out, in) -> opaque
+        return torch.ops.mkldnn._reorder_linear_weight(W.detach().to(torch.bfloat16).contiguous())
+
+    def product(self, x, gelu=False):
+        """x (..., in) -> (..., out) bfloat16; gelu: GELU of it (tanh form), applied before it is rounded. That form has no gradient."""
+        assert not (gelu and torch.is_grad_enabled() and x.requires_grad), 'the gradient of GELU needs what went into it'
+        return PackedProduct.apply(x.to(torch.bfloat16), self, gelu)
+
+
+class PackedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, packed, gelu):
+        ctx.packed = packed
+        return torch.ops.mkldnn._linear_pointwise(x, packed.there, packed.bias, *(('gelu', [], 'tanh') if gelu else ('none', [], '')))
+
+    @staticmethod
+    def backward(ctx, g):
+        packed = ctx.packed
+        if packed.back is None:
+            packed.back = Packed.pack(packed.W)
+        return torch.ops.mkldnn._linear_pointwise(g, packed.back, None, 'none', [], ''), None, None
+
 
 class Conv1D(nn.Module):
     """y = x W + b with W stored (in, out), as in OpenAI's checkpoints; nn.Linear stores (out, in)."""
@@ -58,9 +98,15 @@ class Conv1D(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_in, n_out))
         self.bias = nn.Parameter(torch.empty(n_out))
+        self.packs, self.packed = False, None                       # packs: place() allows it, and the first product does it
 
-    def forward(self, x):                                           # (..., in) -> (..., out)
-        return F.linear(x, self.weight.t(), self.bias)
+    def forward(self, x, gelu=False):                               # (..., in) -> (..., out); gelu: GELU of it
+        if self.packs and self.packed is None:
+            self.packed = Packed(self.weight, self.bias)
+        if self.packed is not None and not (gelu and torch.is_grad_enabled() and x.requires_grad):
+            return self.packed.product(x, gelu)
+        y = F.linear(x, self.weight.t(), self.bias) if self.packed is None else self.packed.product(x)
+        return F.gelu(y, approximate='tanh') if gelu else y
 
 
 class Attention(nn.Module):
@@ -74,14 +120,15 @@ class Attention(nn.Module):
 
     def forward(self, x, last=None):                                # (B, T, C) -> the same, or with last (B,) positions -> (B, 1, C)
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).split(C, dim=2)                    # (B, T, C) each
+        qkv = self.c_attn(x)
+        if x.device.type == 'cpu':                                  # the CPU kernel takes twice as long in bfloat16, and its backward six times
+            qkv = qkv.float()
+        q, k, v = qkv.split(C, dim=2)                               # (B, T, C) each
         mask = None
         if last is not None:                                        # only one position of each text asks; it sees all up to itself
             q = q[torch.arange(B, device=x.device), last].unsqueeze(1)                              # (B, 1, C)
             mask = (torch.arange(T, device=x.device) <= last[:, None])[:, None, None]               # (B, 1, 1, T)
         q, k, v = (t.reshape(B, -1, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))    # (B, H, T or 1, C/H)
-        if x.device.type == 'cpu' and torch.is_grad_enabled():       # the CPU kernel's backward is four times slower in bfloat16
-            q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):           # else autocast would round q, k, v again
             # Causal, and pads stand on the right: no real token can see a pad, so no padding mask is needed.
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
@@ -96,8 +143,8 @@ class MLP(nn.Module):
         self.resid_drop = nn.Dropout(0.0)
 
     def forward(self, x):
-        # The tanh form is the one GPT-2 was trained with; the exact GELU is 1e-3 off in the logits.
-        return self.resid_drop(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))
+        # The tanh form of GELU is the one GPT-2 was trained with; the exact one is 1e-3 off in the logits.
+        return self.resid_drop(self.c_proj(self.c_fc(x, gelu=True)))
 
 
 class Block(nn.Module):
@@ -190,11 +237,22 @@ class GPT(nn.Module):
         """Id of <|endoftext|>: the last of the vocabulary, here as in OpenAI's. No text holds it, so it serves as the pad id."""
         return self.cfg.vocab_size - 1
 
-    def trunk(self, ids, lengths=None, of=None):
+    def trunk(self, ids, lengths=None, of=None, states=None, upto=None):
         """ids (B, T) int64 -> states before the last LayerNorm (B, N + T, C), N = number of prompt vectors (0 without). With lengths (B,),
         only those of each text's last token, (B, 1, C): the last block then leaves out three quarters of its work. Of a model with K classes
-        (K B, N + T, C), class by class; or with of (B,), which class's prompt stands in front of each text, (B, N + T, C)."""
+        (K B, N + T, C), class by class; or with of (B,), which class's prompt stands in front of each text, (B, N + T, C).
+        upto: stop after so many blocks. states: what came out when that was frozen_depth(), to go on from there."""
         copies = self.classes if of is None else 0
+        x = self.embed(ids, of, copies) if states is None else states
+        last = None if lengths is None else x.shape[1] - ids.shape[1] + lengths - 1     # (B,) the prompt shifts positions
+        for i in range(0 if states is None else self.frozen_depth(), len(self.h) if upto is None else upto):
+            if copies and i == self.split > 0:
+                x = x.repeat(copies, 1, 1)
+            x = self.h[i](x, last if i == len(self.h) - 1 else None)
+        return x
+
+    def embed(self, ids, of, copies):
+        """What trunk's first block reads."""
         x = self.wte(ids).float()                                   # (B, T, C); the residual stream is float32 in every precision
         if copies and self.split == 0:
             x = x.repeat(copies, 1, 1)
@@ -203,13 +261,14 @@ class GPT(nn.Module):
                 self.prompt[of] if of is not None else self.prompt.repeat_interleave(len(ids), 0))
             x = torch.cat((prompt, x), dim=1)
         assert x.shape[1] <= self.cfg.block_size, 'callers cut texts to the block size'
-        last = None if lengths is None else x.shape[1] - ids.shape[1] + lengths - 1     # (B,) the prompt shifts positions
-        x = self.drop(x + self.wpe.weight[:x.shape[1]])
-        for i, block in enumerate(self.h):
-            if copies and i == self.split > 0:
-                x = x.repeat(copies, 1, 1)
-            x = block(x, last if i == len(self.h) - 1 else None)
-        return x
+        return self.drop(x + self.wpe.weight[:x.shape[1]])
+
+    def frozen_depth(self):
+        """How many blocks, from the first, give the same for a text in every step: nothing trains in them or below, and nothing is dropped."""
+        if self.prompt is not None or self.drop.p or self.wte.weight.requires_grad or self.wpe.weight.requires_grad:
+            return 0
+        trains = [any(p.requires_grad for p in block.parameters()) for block in self.h]
+        return trains.index(True) if True in trains else len(self.h)
 
     def hidden(self, ids, of=None):
         """ids (B, T) int64, right-padded -> final states (B, T, C), prompt positions left out. States after a text's end are those of pads.
@@ -273,10 +332,10 @@ class GPT(nn.Module):
             rows.append(torch.stack([-F.cross_entropy(one, y) * len(y) for one in logits]))
         return torch.stack(rows) if self.classes else torch.cat(rows)
 
-    def classify(self, ids, lengths):
+    def classify(self, ids, lengths, states=None):
         """ids (B, T) int64 right-padded, lengths (B,) int64 >= 1 -> logits (B, K), read at each text's last real token: by its length,
-        never by looking for pad ids, so the logits of a text do not depend on what it was padded with or how far."""
-        return self.score(self.ln_f(self.trunk(ids, lengths).squeeze(1)))
+        never by looking for pad ids, so the logits of a text do not depend on what it was padded with or how far. states: FrozenStates'."""
+        return self.score(self.ln_f(self.trunk(ids, lengths, states=states).squeeze(1)))
 
     def forward(self, ids, lengths, read='classify', **more):
         """One of the methods above by its name: DistributedDataParallel prepares its exchange in forward, so the training loop goes through it."""
@@ -599,13 +658,19 @@ def autocast(device, dtype):
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def place(model, device, dtype):
+def place(model, device, dtype, pack=True):
     """Move a model to the device. Frozen matrices and embeddings are stored in the compute precision (autocast would cast them in every
     step); what trains, LayerNorm's few vectors and the prompt stay float32. The float32 originals of rounded
-    weights are kept in model.masters: they are still mapped from the file, so they cost no memory until they are saved."""
+    weights are kept in model.masters: they are still mapped from the file, so they cost no memory until they are saved.
+    Where Packed.possible, and unless pack is false (torch.compile wants plain weights), frozen matrices stay as they are, and the first
+    product packs a copy: what is frozen must not be changed after that."""
     keep = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()} | {model.prompt}
     if device.type == 'cuda' and dtype != torch.float32:
         torch.set_float32_matmul_precision('high')                  # TF32 for what autocast leaves in float32
+    for m in model.modules():
+        if isinstance(m, Conv1D):
+            m.packs = pack and Packed.possible(device, dtype) and not m.weight.requires_grad and not m.bias.requires_grad
+            keep |= {m.weight, m.bias} if m.packs else set()
     for name, p in model.named_parameters():
         if dtype != torch.float32 and not p.requires_grad and p not in keep:
             model.masters[name] = p.data
@@ -677,9 +742,69 @@ def in_batches(fn, model, tokens, max_length, truncate, device, dtype, batch_tok
     return out
 
 
-def class_logits(model, tokens, max_length, truncate, device, dtype, batch_tokens=None, progress=False):
-    """Logits (N, K) float32 of every text of `tokens` (data.Tokens), in their order."""
-    return in_batches(lambda ids, n, index: model(ids, n), model, tokens, max_length, truncate, device, dtype, batch_tokens, progress)
+def class_logits(model, tokens, max_length, truncate, device, dtype, batch_tokens=None, progress=False, states=None):
+    """Logits (N, K) float32 of every text of `tokens` (data.Tokens), in their order. states: their FrozenStates."""
+    return in_batches(lambda ids, n, index: model(ids, n, states=states and states(index)), model, tokens, max_length, truncate, device, dtype,
+                      batch_tokens, progress)
+
+
+class FrozenStates:
+    """What comes out of the blocks that do not train, of every text, computed once; every later epoch starts there. states(index (B,)) is
+    (B, T, C) float32, padded with zeros; or where no block trains (B, 1, C), of each text's last token, all that the head reads. They lie in a
+    file of the cache, in the compute precision ((B, 1, C) in float32), and are mapped from there: memory need not hold them. The file is
+    named after texts and weights, so the next run over the same finds it; older ones are removed beyond FROZEN_BYTES."""
+
+    def __init__(self, model, tokens, max_length, truncate, device, dtype):
+        depth, lengths = model.frozen_depth(), np.minimum(tokens.lengths, max_length)
+        pooled = depth == len(model.h)
+        self.device, self.rows = device, np.ones_like(lengths) if pooled else lengths
+        order = np.argsort(-lengths, kind='stable')                 # that of in_batches
+        self.starts = np.empty_like(lengths)
+        self.starts[order] = np.cumsum(self.rows[order]) - self.rows[order]
+        kind, n, C = torch.float32 if pooled else dtype, int(self.rows.sum()), model.cfg.n_embd
+        path = data.cached(f'frozen/{self.key(model, tokens, max_length, truncate, depth, kind)}.bin')
+        size = n * C * torch.empty(0, dtype=kind).element_size()
+
+        def compute(f):
+            def keep(ids, lengths, index):
+                x = model.trunk(ids, lengths if pooled else None, upto=depth).to(kind)
+                for row, count in zip(x, self.rows[index]):
+                    f.write(row[:count].contiguous().view(torch.uint8).cpu().numpy())
+                return x.new_zeros(len(index), 0)
+            in_batches(keep, model, tokens, max_length, truncate, device, dtype, progress=True)
+        if not os.path.isfile(path) or os.path.getsize(path) != size:
+            make_room(os.path.dirname(path), size)
+            data.write_atomic(path, compute)
+        os.utime(path)                                              # the one used last
+        self.flat = torch.from_file(path, size=n * C, dtype=kind).view(n, C)
+
+    @staticmethod
+    def key(model, tokens, *settings):
+        h = hashlib.sha256(f'1 {model.cfg} {settings}'.encode())    # 1: the version of this class
+        for name, p in model.named_parameters():
+            if name.startswith('w') or name.startswith('h.') and int(name.split('.')[1]) < settings[-2]:
+                h.update(model.masters.get(name, p).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        h.update(tokens.flat)
+        h.update(tokens.starts)
+        return h.hexdigest()[:32]
+
+    def __call__(self, index):
+        parts = [self.flat[at:at + n] for at, n in zip(self.starts[index], self.rows[index])]
+        return nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self.device, torch.float32)
+
+
+def make_room(folder, size):
+    """Remove the files of a cache folder that were used longest ago until `size` bytes more are within FROZEN_BYTES. Raises UserError if the
+    disk has less than twice the room."""
+    data.make_folder(folder)
+    files = sorted((os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.bin')), key=os.path.getmtime)
+    left = sum(map(os.path.getsize, files))
+    for path in files:
+        if left + size > FROZEN_BYTES:
+            left -= os.path.getsize(path)
+            os.remove(path)
+    if 2 * size > shutil.disk_usage(folder).free:
+        raise UserError(f'{folder} has no room for {size / 2**30:.1f} GB')
 
 
 def text_logprobs(model, tokens, max_length, truncate, device, dtype, context=(), method='exact', batch_tokens=None, progress=False):

@@ -1519,6 +1519,73 @@ def test_bf16_autocast_is_close():
             assert torch.equal(state['h.0.mlp.c_fc.weight'], formula_model().h[0].mlp.c_fc.weight)
 
 
+def needs_packing():
+    if not gpt.Packed.possible(torch.device('cpu'), torch.bfloat16):
+        skip('this processor or this torch packs no bfloat16 weights')
+
+
+def test_packed_product():
+    """A packed product, its gradient and its GELU are no further from float64 than one rounding to bfloat16, at widths that no block divides."""
+    needs_packing()
+    torch.manual_seed(0)
+    for n_in, n_out, rows in ((96, 33, (7,)), (70, 256, (3, 5)), (8, 8, (1,))):
+        W, b, x = (torch.randn(*s, dtype=torch.bfloat16) for s in ((n_in, n_out), (n_out,), (*rows, n_in)))
+        packed, exact = gpt.Packed(W.float(), b.float()), x.double() @ W.double() + b.double()
+        x.requires_grad_()
+        y = packed.product(x)
+        g = torch.randn_like(y)
+        y.backward(g)
+        with torch.no_grad():
+            z = packed.product(x, gelu=True)
+        for got, want in ((y, exact), (x.grad, g.double() @ W.double().t()), (z, torch.nn.functional.gelu(exact, approximate='tanh'))):
+            assert got.dtype == torch.bfloat16 and got.shape == want.shape
+            assert ((got.double() - want).abs() <= want.abs() / 256 + 2e-3).all(), (n_in, n_out, far(got.double(), want))
+    raises(AssertionError, packed.product, x, True, match='gradient')
+
+
+def test_packed_model_is_the_plain_one():
+    """The same bfloat16 model with and without packing, LoRA folded in and not: both within rounding of float32, and alike in how far."""
+    needs_packing()
+    cpu, (ids, n) = torch.device('cpu'), ragged(257, pad=256)
+    for classes in (0, 3):
+        def reading(dtype, pack, freeze=True):
+            torch.manual_seed(0)
+            model = formula_model()
+            lora.add_lora(model, 2, 4.0, 0.0, ['c_attn', 'c_fc', 'mlp.c_proj'], classes=classes)
+            stirred(model)
+            gpt.place(model.requires_grad_(not freeze) if freeze else model, cpu, dtype, pack=pack).eval()
+            with torch.no_grad(), gpt.autocast(cpu, dtype):
+                return model, model.hidden(ids).float()
+        want = reading(torch.float32, True)[1]
+        (plain, a), (packed, b), (open_, c) = reading(torch.bfloat16, False), reading(torch.bfloat16, True), reading(torch.bfloat16, True, freeze=False)
+        errors = [float((h - want).abs().mean()) for h in (a, b, c)]
+        assert max(errors) < 1.5 * errors[0] < 0.05 and min(errors) > 0, errors
+        fc, proj = packed.h[0].mlp.c_fc, packed.h[0].attn.c_proj
+        assert fc.folded is not None and fc.base.packed is None and proj.packed is not None     # each packed once, in one form
+        assert open_.h[0].mlp.c_fc.folded is None and plain.h[0].attn.c_proj.packed is None
+        assert torch.equal(packed.float32_state()['h.0.attn.c_proj.weight'], formula_model().h[0].attn.c_proj.weight)
+
+
+def test_packing_trains_the_same():
+    """One LoRA step in bfloat16, packed and not: the gradients agree within its rounding, and what is frozen has none."""
+    needs_packing()
+    cpu, (ids, n) = torch.device('cpu'), ragged(257, pad=256)
+
+    def gradients(dtype, pack):
+        torch.manual_seed(0)
+        model = formula_model()
+        lora.adapt(model, 'lora', r=4)
+        stirred(model)
+        gpt.place(model, cpu, dtype, pack=pack)
+        with gpt.autocast(cpu, dtype):
+            loss = torch.nn.functional.cross_entropy(model(ids, n).float(), torch.arange(len(ids)) % 2)
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in lora.trainables(model).values()])
+    want = gradients(torch.float32, False)
+    plain, packed = ((gradients(torch.bfloat16, pack) - want).norm() / want.norm() for pack in (False, True))
+    assert 0 < packed < 1.5 * plain < 0.1, (plain, packed)
+
+
 def test_optimizer_groups():
     model = GPT(SMALL, 2).init_weights()
     names = {p: n for n, p in model.named_parameters()}
@@ -1578,7 +1645,7 @@ def test_evaluation_has_no_dropout():
 
 
 def test_cpu_dropout_is_dropout():
-    """The share dropped, the scale of what is kept, and no pattern between neighbours (four of them share a draw)."""
+    """The share dropped, the scale of what is kept, the same mask for the gradient, and no pattern between neighbours."""
     torch.manual_seed(0)
     x = torch.ones(1001, 997)
     for p in (0.05, 0.5):
@@ -1591,6 +1658,13 @@ def test_cpu_dropout_is_dropout():
         for lag in range(1, 6):
             assert abs(float((flat[lag:] * flat[:-lag]).mean()) / (p * (1 - p))) < 5 / x.numel() ** 0.5, lag
     assert lora.dropout(torch.ones(3), 0.5).shape == (3,)
+    x = torch.randn(50, 60).t().requires_grad_()
+    y = lora.dropout(x, 0.3)
+    y.sum().backward()
+    assert torch.equal(x.grad != 0, y != 0) and torch.allclose(x.grad[y != 0], torch.tensor(1 / 0.7)) and torch.allclose(y, x * x.grad)
+    first = [int(lora.Dropout.places(4000, 0.01)[0]) for _ in range(4000)]          # geometric: P(the first is i) = p (1 - p)^i
+    assert abs(np.mean(first) - 99) < 5 * 99.5 / 4000**0.5 and abs(np.mean(np.array(first) < 69) - 0.5) < 0.05
+    assert 2 < len(lora.Dropout.places(10**7, 1e-6)) < 30 and (lora.Dropout.places(10**4, 0.99) < 10**4).all()
 
 
 def test_trainable_count_gpt2():

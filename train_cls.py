@@ -128,7 +128,7 @@ def main(argv=None):
                 base=base, rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')},
                 args=vars(args), parameters=dict(trainable=trained, total=total),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
-    gpt.place(model, device, dtype)
+    gpt.place(model, device, dtype, pack=not args.compile)
     if args.compile:
         for block in model.h:                                       # one graph for all blocks
             block.compile(dynamic=True)
@@ -159,7 +159,7 @@ def main(argv=None):
         """Sum of the rows' losses, weighted by class; index (B,) rows of the training split."""
         ids, n = data.collate(train, index, args.max_length, args.truncate, model.end, device)
         with gpt.autocast(device, dtype):
-            logits = net(ids, n)                                     # (B, K)
+            logits = net(ids, n, states=frozen['train'] and frozen['train'](index))             # (B, K)
         return F.cross_entropy(logits.float(), y[index], weight=weights, reduction='sum')
 
     def rows_of_step(number):
@@ -173,7 +173,7 @@ def main(argv=None):
 
     def evaluate():
         """-> (what is better when larger, the numbers for the log); writes the predictions."""
-        probs = softmax(gpt.class_logits(model, val, args.max_length, args.truncate, device, dtype))
+        probs = softmax(gpt.class_logits(model, val, args.max_length, args.truncate, device, dtype, states=frozen['val']))
         write_predictions(args.out, probs, probs.argmax(1), ds.val.y, ds.labels)
         m = metrics(probs, ds.val.y, ds.labels)
         return (m['accuracy'], -m['nll']), dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
@@ -187,6 +187,12 @@ def main(argv=None):
     def keep(step, best):
         gpt.save_resume(args.out, args, step, best, params, opt, scaler)
 
+    frozen = dict(train=None, val=None)
+    if max_steps > epoch_steps and model.frozen_depth() and gpt.ranks() == 1:       # what does not train is computed once, for all epochs
+        try:
+            frozen = {name: gpt.FrozenStates(model, t, args.max_length, args.truncate, device, dtype) for name, t in dict(train=train, val=val).items()}
+        except UserError as e:
+            print(f'  the blocks that do not train are computed again in every epoch: {e}')
     params, net = lora.trainables(model), gpt.wrap(model)
     opt = gpt.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
