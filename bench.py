@@ -41,11 +41,10 @@ import predict
 import train_cls
 from data import UserError
 
-STEPS = 80              # of a training turn
-BLOCK = 10              # steps per timed block: short enough to see noise, long enough for the clock
-WARM_UP = 2             # blocks left out at the start
-EPOCHS = 5              # of a turn of head and last: a block each, without the first
-ROWS = dict(last=1000, head=1000, eval=1000, gen=48, predict=4000)      # texts, unless --rows says otherwise; the other tasks read all of SST-2
+STEPS = 50              # training steps of a timed block. Trainer sorts the rows of 50 batches by length, longest first: any 50 steps see all lengths
+WARM_UP = 10            # steps of Trainer before them; of ours it is the whole first epoch
+EPOCHS = 5              # of a turn of head and last, whose frozen part need not be computed again after the first
+ROWS = dict(eval=1000, gen=48, predict=4000)        # texts, unless --rows says otherwise
 CLASSES = 4             # of gen
 METHODS = dict(lora=['--lora', '--r', '8'], full=['--full'], last=['--last', '1'], head=['--head'], adapter=['--adapter'])
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
@@ -147,31 +146,28 @@ def timed(run, fed, device):
 
 
 def plan(args, rows):
-    """-> (steps of a turn, steps per block, steps that are left out at the start) of a training task on so many rows."""
+    """-> (steps per epoch, epochs) of our training on so many rows; the first epoch is left out, any other is a block."""
     epoch = math.ceil(rows / args.batch_size)
-    if args.task in ('head', 'last'):
-        return epoch * max(2, math.ceil(args.steps / epoch) if args.steps else EPOCHS), epoch, epoch
-    return plain_plan(args.steps or STEPS)
-
-
-def plain_plan(steps):
-    """The same where one epoch is like the next. Of a few steps a block has one, so that even one step gives a figure."""
-    block = next((b for b in (BLOCK, BLOCK // 2, 2) if steps >= 4 * b and steps % b == 0), 1)
-    return steps, block, min(WARM_UP * block, steps - block)
+    return epoch, EPOCHS if args.task in ('head', 'last') else 1 + math.ceil(args.steps / epoch)
 
 
 # ------------------------------------------------------------------------------------------------------------------ texts
 
-def per_class(args):
-    """--max_samples of a training task: SST-2 has two classes."""
-    return math.ceil(args.rows / 2) if args.rows else None
-
-
-def training_data(args):
-    """-> data.Split of the training rows, the same that train_cls.py has."""
+def rows_flags(args):
+    """The flags by which train_cls.py reads as many rows as --steps steps take, so that an epoch is a block: its lengths are those of any other."""
     if args.length:
-        return data.load(os.path.join(args.at, 'texts.csv')).train
-    return data.load('sst2', max_samples=per_class(args)).train
+        return ['--data', os.path.join(args.at, 'texts.csv'), '--max_length', str(args.length)]
+    return ['--data', 'sst2', '--max_samples', str(per_class(args))]
+
+
+def per_class(args):
+    """The --max_samples of that: SST-2 has two classes."""
+    return math.ceil(args.steps * args.batch_size / 2)
+
+
+def training_rows(args, max_samples=None):
+    """-> data.Split of the training rows."""
+    return (data.load(os.path.join(args.at, 'texts.csv')) if args.length else data.load('sst2', max_samples=max_samples)).train
 
 
 def texts_of(args):
@@ -206,7 +202,7 @@ def texts_of_length(n, count):
             texts[text] = True
         at += n if fits else 1
     if len(texts) < count:
-        raise UserError(f'--length {n}: SST-2 gives only {len(texts)} of the {count} texts that are needed; lower it, or --batch_size')
+        raise UserError(f'--length {n}: SST-2 gives only {len(texts)} of the {count} texts that are needed; lower it, or --batch_size or --rows')
     return list(texts)
 
 
@@ -251,9 +247,9 @@ def ours(args, folder):
 
 def ours_train(args, folder):
     """train_cls.py until its last step is logged: the evaluation and the final test after it are not what is measured."""
-    train = training_data(args)
-    steps, block, first = plan(args, len(train.y))
-    blocks, log = [], gpt.Log
+    train = training_rows(args, per_class(args))
+    epoch, epochs = plan(args, len(train.y))
+    steps, blocks, log = epoch * epochs, [], gpt.Log
 
     class Watched(log):
         def __call__(self, *a, **record):
@@ -262,20 +258,18 @@ def ours_train(args, folder):
                 blocks.append(record)
                 if record['step'] == steps:
                     raise Done
-    rows = ['--data', os.path.join(args.at, 'texts.csv'), '--max_length', str(args.length)] if args.length else [
-        '--data', 'sst2', *(['--max_samples', str(per_class(args))] if args.rows else [])]
     gpt.Log = Watched
     try:
         with tempfile.TemporaryDirectory() as tmp:
-            train_cls.main([*rows, '--model', folder, *METHODS[args.task], '--batch_size', str(args.batch_size), '--max_steps', str(steps),
-                            '--log_every', str(block), '--eval_every', '1000000', '--device', args.device, '--dtype', args.dtype,
-                            '--out', os.path.join(tmp, 'run')])
+            train_cls.main([*rows_flags(args), '--model', folder, *METHODS[args.task], '--batch_size', str(args.batch_size),
+                            '--max_steps', str(steps), '--log_every', str(epoch), '--eval_every', '1000000', '--device', args.device,
+                            '--dtype', args.dtype, '--out', os.path.join(tmp, 'run')])
         raise UserError(f'train_cls.py ended without logging step {steps}')
     except Done:
         pass
     finally:
         gpt.Log = log
-    blocks = [{k: r[k] for k in ('examples_per_s', 'tokens_per_s', 'pad_share')} for r in blocks if r['step'] - block >= first]
+    blocks = [{k: r[k] for k in ('examples_per_s', 'tokens_per_s', 'pad_share')} for r in blocks if r['step'] > epoch]
     return blocks, tokens_of(train.texts, args.length or 128).lengths
 
 
@@ -364,7 +358,7 @@ def theirs_trainer(args, folder, peer):
     """Training and evaluation by Trainer, LoRA by PEFT."""
     from transformers import GPT2ForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
     best, half = peer == 'best', precision(args, peer) == 'bf16'
-    train = training_data(args) if args.task in METHODS else None
+    train = training_rows(args) if args.task in METHODS else None     # all: the more rows, the better they can be grouped by length
     texts, y = (train.texts, train.y) if train else texts_of(args)
     tokens = tokens_of(texts, args.length or 128)
     rows = [dict(input_ids=tokens[i].astype(np.int64), labels=int(y[i])) for i in range(len(tokens))]
@@ -379,8 +373,7 @@ def theirs_trainer(args, folder, peer):
         model.requires_grad_(False)
         for m in open_:
             m.requires_grad_(True)
-    # nothing of theirs is kept from one epoch to the next: any step is like any other
-    steps, block, first = plain_plan(min(args.steps or STEPS, STEPS) if args.task in ('head', 'last') else args.steps or STEPS)
+    first = min(WARM_UP, args.steps // 2)                           # of head and last, too: nothing of theirs is kept for the next epoch
     fed, times = [], []
 
     def collate(batch):
@@ -389,16 +382,17 @@ def theirs_trainer(args, folder, peer):
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *a, **k):
-            times.append(time.perf_counter())
+            if not first:
+                times.append(time.perf_counter())
 
         def on_step_end(self, _, state, *a, **k):
-            if state.global_step % block == 0:
+            if state.global_step in (first, first + args.steps):
                 synchronize(args.device)
                 times.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as tmp:
         targs = TrainingArguments(tmp, per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=eval_batch(args, best),
-                                  max_steps=steps, bf16=half, bf16_full_eval=half and best, use_cpu=args.device == 'cpu', report_to=[],
+                                  max_steps=first + args.steps, bf16=half, bf16_full_eval=half and best, use_cpu=args.device == 'cpu', report_to=[],
                                   save_strategy='no', logging_strategy='no', learning_rate=1e-4, disable_tqdm=True, remove_unused_columns=False,
                                   **(dict(train_sampling_strategy='group_by_length') if best and args.task != 'eval' else {}))
         trainer = Trainer(model=model, args=targs, train_dataset=rows, data_collator=collate, callbacks=[Clock()])
@@ -408,8 +402,7 @@ def theirs_trainer(args, folder, peer):
             trainer.predict(rows[::8])                              # the warm-up
             return [timed(lambda: trainer.predict(rows), fed, args.device)], tokens.lengths
         trainer.train()
-    blocks = [block_of(fed[i * block:(i + 1) * block], b - a) for i, (a, b) in enumerate(zip(times, times[1:])) if i * block >= first]
-    return blocks, tokens.lengths
+    return [block_of(fed[first:first + args.steps], times[1] - times[0])], tokens.lengths
 
 
 def eval_batch(args, best):
@@ -440,8 +433,12 @@ def checked(command, what):
 def prepare(args, folder):
     """Put what the sides share into the folder args.at: texts.csv of --length, a run and a file of texts for predict and startup."""
     if args.length:
-        texts = texts_of_length(args.length, 4 * args.batch_size + (args.rows or 0) * 5 // 4 + 40)      # a fifth becomes validation and test rows
-        write_rows(os.path.join(args.at, 'texts.csv'), texts, ['negative', 'positive'] * (len(texts) // 2 + 1))
+        rows = args.rows or args.batch_size * min(args.steps, 4)    # as all are of one length, a block can have more than one epoch
+        n = max(rows, 20)
+        while n - 2 * (n // 10) < rows:                             # what is left when a tenth each became validation and test rows
+            n += 1
+        texts = texts_of_length(args.length, n)
+        write_rows(os.path.join(args.at, 'texts.csv'), texts, ['negative', 'positive'] * (n // 2) + ['negative'] * (n % 2))
     if args.task in ('predict', 'startup'):
         run, few = os.path.join(args.at, 'run'), os.path.join(args.at, 'few.csv')
         ds = data.load('sst2', max_samples=20)
@@ -501,11 +498,12 @@ def row_of(turns, rate):
 
 def line_of(side, row):
     """A row for the terminal."""
-    middle = '{:.4g} to {:.4g}'.format(*row['middle_half'])
+    middle = f'(middle half of {row["blocks"]}: {row["middle_half"][0]:.4g} to {row["middle_half"][1]:.4g})'
     if 'seconds' in row:
-        return f'{side:>22}  {row["seconds"]:.2f} s  (middle half of {row["blocks"]}: {middle})'
-    return (f'{side:>22}  {row["examples_per_s"]:8.1f} examples/s  (middle half of {row["blocks"]} blocks: {middle})  {row["tokens_per_s"]:.0f} tokens/s  '
-            f'padding {100 * row["pad_share"]:.1f} %  {row["memory_mib"]:.0f} MiB  {row["gflops"]:.1f} GFLOP/s = {100 * row["share_of_matmul"]:.0f} %')
+        return f'{side:>22}  {row["seconds"]:.2f} s  {middle}'
+    return (f'{side:>22}  {row["examples_per_s"]:8.1f} examples/s  {middle}  {row["tokens_per_s"]:.0f} tokens/s  '
+            f'padding {100 * row["pad_share"]:.1f} %  {row["memory_mib"]:.0f} MiB  '
+            f'{row["gflops"]:.1f} GFLOP/s = {100 * row["share_of_matmul"]:.0f} %')
 
 
 # ------------------------------------------------------------------------------------------------------- learning curves
@@ -575,12 +573,12 @@ def main(argv=None):
     p = data.Parser(description=__doc__, prog='bench.py')
     p.add_argument('--task', choices=(*METHODS, 'eval', 'gen', 'startup', 'predict', 'curves'), default='lora', help='what to time')
     p.add_argument('--against', choices=('hf',), help='run the peers beside it: transformers, with PEFT for lora and eval')
-    p.add_argument('--hf', nargs='+', choices=('default', 'best'), default=['default', 'best'], help='which peers, with --against hf; both without it')
+    p.add_argument('--hf', nargs='+', choices=('default', 'best'), default=['default', 'best'], help='which peers, with --against hf')
     p.add_argument('--model', choices=tuple(gpt.HUB_NAMES), default='gpt2', help='shape; the weights are random')
     p.add_argument('--batch_size', type=data.positive, default=16, help='rows per training step, and of the default peer\'s evaluation')
-    p.add_argument('--steps', type=data.positive, help=f'training steps per turn; {STEPS} without it. head and last: whole epochs, two at least')
+    p.add_argument('--steps', type=data.positive, default=STEPS, help='training steps of a block; few are enough for the peak of memory')
     p.add_argument('--repeats', type=data.positive, default=2, help='turns that each side takes; of curves: seeds')
-    p.add_argument('--rows', type=data.positive, help='texts that are read: ' + ', '.join(f'{task} {n}' for task, n in ROWS.items()) + '; else all')
+    p.add_argument('--rows', type=data.positive, help=f'texts of {", ".join(ROWS)}; {", ".join(map(str, ROWS.values()))} without it')
     p.add_argument('--split', choices=('train', 'validation'), default='train', help='of eval and predict: which texts of SST-2')
     p.add_argument('--length', type=data.positive, metavar='N', help='of training and eval: texts of exactly N tokens')
     p.add_argument('--data', choices=('agnews', 'sms'), default='agnews', help='of --task curves')
@@ -604,6 +602,8 @@ def main(argv=None):
         raise UserError(f'--length does nothing with --task {args.task}')
     if args.length and args.length > gpt.SHAPES[args.model].block_size:
         raise UserError(f'--length {args.length} does not fit: the model has {gpt.SHAPES[args.model].block_size} positions')
+    if args.rows and args.task not in ROWS:
+        raise UserError(f'--rows does nothing with --task {args.task}' + ('; --steps sets how many are read' if args.task in METHODS else ''))
     args.rows = args.rows or ROWS.get(args.task)
     if args.worker:
         return worker(args)
