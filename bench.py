@@ -193,7 +193,7 @@ def write_rows(path, texts, labels):
 def texts_of_length(n, count):
     """So many different texts of exactly n tokens, cut from SST-2's joined ones."""
     enc = data.tokenizer('gpt2')
-    flat = data.tokenize(enc, data.load('sst2').train.texts).flat
+    flat = data.tokenize(enc, [' '.join(' '.join(data.load('sst2').train.texts).split())]).flat
     texts, at = {}, 0
     while len(texts) < count and at + n <= len(flat):
         text = ' '.join(enc.decode(flat[at:at + n].tolist(), errors='replace').split())

@@ -4949,12 +4949,13 @@ def test_bench_peers_batches():
 def test_bench_length():
     """All texts have exactly so many tokens, on both sides; one step is enough."""
     with little_bench():
+        write(os.path.join('sst2', 'train.tsv'), ''.join(f'a fine film {i} \t{i % 2}\n' for i in range(300)), os.environ['NANOCLS_DATA'])
         for task, steps in (('lora', 1), ('last', 3)):
             row = bench_of(task, '--steps', str(steps), '--length', '16')[1]['rows']['nanocls']
             assert row['pad_share'] == 0 and abs(row['tokens_per_s'] / row['examples_per_s'] - 16) < 1e-6, row
-        texts = bench.texts_of_length(16, 20)
+        texts = bench.texts_of_length(50, 20)
         enc = data.tokenizer('gpt2')
-        assert len(set(texts)) == 20 and {len(enc.encode_ordinary(text)) for text in texts} == {16}
+        assert len(set(texts)) == 20 and {len(enc.encode_ordinary(text)) for text in texts} == {50}
         raises(UserError, bench.texts_of_length, 16, 1000, match='lower it')
         for flags, words in ((['--task', 'gen', '--length', '16'], '--length does nothing'), (['--length', '2000'], 'positions'),
                              (['--rows', '5'], '--rows does nothing')):
