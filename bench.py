@@ -433,7 +433,8 @@ def checked(command, what):
 def prepare(args, folder):
     """Put what the sides share into the folder args.at: texts.csv of --length, a run and a file of texts for predict and startup."""
     if args.length:
-        rows = args.rows or args.batch_size * min(args.steps, 4)    # as all are of one length, a block can have more than one epoch
+        few = args.steps if args.task in ('head', 'last') else min(args.steps, 4)       # texts of one length: any epoch is like a longer one
+        rows = args.rows or args.batch_size * few
         n = max(rows, 20)
         while n - 2 * (n // 10) < rows:                             # what is left when a tenth each became validation and test rows
             n += 1
