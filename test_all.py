@@ -4892,43 +4892,192 @@ def little_world():
 
 def in_this_process(command, **kw):
     """subprocess.run of bench.py, without the seconds that an interpreter needs for torch."""
-    assert command[:2] == [sys.executable, os.path.abspath(bench.__file__)]
-    return SimpleNamespace(returncode=0, stdout=script(bench.main, command[2:])[1], stderr='')
+    if command[1] == '-c':
+        if command[2] == bench.ANSWER:
+            with patched(sys, 'argv', command[2:]):
+                text = script(lambda code: exec(code[0], {}), [command[2]])[1]
+            assert len(json.loads(text)[0]) == 2, text
+        return SimpleNamespace(returncode=0, stdout='', stderr='')
+    main = {'bench.py': bench, 'train_cls.py': train_cls, 'predict.py': predict}[os.path.basename(command[1])].main
+    assert command[0] == sys.executable and os.path.isabs(command[1])
+    code, out, err = script(main, command[2:])
+    return SimpleNamespace(returncode=code or 0, stdout=out, stderr=err)
+
+
+LITTLE = ['--model', 'distilgpt2', '--device', 'cpu', '--dtype', 'fp32', '--batch_size', '2', '--repeats', '1']
+
+
+def bench_of(task, *flags):
+    """bench.py on a little shape -> (what it printed, the figures it wrote)"""
+    path = os.path.join(tmp(), 'figures.json')
+    text = script(bench.main, ['--task', task, *LITTLE, *flags, '--json', path])[1]
+    found = data.read_json(path)
+    assert (found['task'], found['model'], found['dtype'], found['matmul_gflops']) == (task, 'distilgpt2', 'fp32', 50.0)
+    return text, found
+
+
+@contextlib.contextmanager
+def little_bench():
+    """Where bench.py can be run without waiting."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                                                # for matrices this small two that wait for each other are slower
+    try:
+        with little_world(), patched(subprocess, 'run', in_this_process), patched(data, 'tokenizer', functools.cache(data.tokenizer)):
+            with patched(bench, 'matmul_rate', lambda *a: 50.0):
+                yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_bench_ours():
+    """Every task alone: figures that belong together, no leftovers."""
+    before = gpt.Log, data.collate
+    with little_bench():
+        for task, *flags in (['lora'], ['full'], ['last'], ['head'], ['adapter', '--against', 'hf'], ['eval', '--rows', '20'],
+                             ['predict', '--rows', '20'], ['gen', '--rows', '6', '--top', '1'], ['startup']):
+            flags += ['--steps', '6'] if task in bench.METHODS else []
+            text, found = bench_of(task, *flags)
+            row = found['rows']['nanocls']
+            assert found['ratio'] == {} and ('no peer' in text) == (task == 'adapter'), (task, text)
+            if task == 'startup':
+                assert row['seconds'] > 0 and list(found['rows']) == ['nanocls', 'import torch, numpy'] and 'import torch, numpy' in text
+                continue
+            assert row['blocks'] == (bench.EPOCHS - 1 if task in ('head', 'last') else 1), (task, row)
+            assert 1 < row['tokens_per_s'] / row['examples_per_s'] < 12 and 0 <= row['pad_share'] < 0.5 and row['memory_mib'] > 50, (task, row)
+            assert row['share_of_matmul'] == row['gflops'] / 50 and f'{row["examples_per_s"]:.1f} examples/s' in text, (task, row, text)
+        assert len(os.listdir(os.path.join(data.cache_dir(), 'bench'))) == 1                # one base for all
+    assert (gpt.Log, data.collate) == before
+
+
+def test_bench_leaves_the_first_epoch_out():
+    """Blocks are whole epochs but the first, of as many rows as the steps take; nothing is evaluated."""
+    records = []
+
+    def main(argv):
+        args = train_cls.parse(argv)[0]
+        data.make_folder(args.out)
+        log = gpt.Log(args.out, args.max_steps)
+        for step in range(args.log_every, args.max_steps + 1, args.log_every):
+            records.append((args.max_samples, args.max_steps, args.log_every, step))
+            log(step=step, loss=1.0, lr=0.1, examples_per_s=float(step), tokens_per_s=10.0 * step, pad_share=0.25)
+        raise AssertionError('the evaluation')
+    with little_bench(), patched(train_cls, 'main', main):
+        for task, epochs in (('lora', 2), ('head', bench.EPOCHS)):
+            records.clear()
+            row = bench_of(task, '--steps', '5')[1]['rows']['nanocls']
+            assert records == [(5, 5 * epochs, 5, 5 * i) for i in range(1, epochs + 1)], records
+            assert row['blocks'] == epochs - 1 and row['examples_per_s'] == 5 * (epochs + 2) / 2 and row['pad_share'] == 0.25, row
+    with little_bench(), patched(train_cls, 'main', lambda argv: None):
+        raises(UserError, bench.main, ['--task', 'lora', *LITTLE, '--steps', '5'], match='without logging step 10')
 
 
 def test_bench_takes_turns():
-    """Both sides of every task on a little shape: figures of both, and their ratio."""
+    """Both peers of every task on a little shape: figures of all sides, and the ratios."""
     try:
         import peft, transformers
     except ImportError:
         skip('transformers or peft is not installed')
     transformers.logging.set_verbosity_error()
-    small = ['--model', 'distilgpt2', '--device', 'cpu', '--dtype', 'fp32', '--batch_size', '2', '--steps', '30', '--repeats', '1']
-    trained = []
+    names = ['nanocls', 'Hugging Face default', 'Hugging Face best']
+    with little_bench():
+        for task, *flags in (['lora'], ['full'], ['last'], ['head'], ['eval', '--rows', '20'], ['predict', '--rows', '20'], ['gen', '--rows', '6'],
+                             ['startup']):
+            flags += ['--steps', '6'] if task in bench.METHODS else []
+            text, found = bench_of(task, *flags, '--against', 'hf')
+            rows = found['rows']
+            assert [name for name in rows if name != 'import torch, numpy'] == names, (task, list(rows))
+            for peer in ('default', 'best'):
+                mine, row = rows['nanocls'], rows[f'Hugging Face {peer}']
+                ratio = row['seconds'] / mine['seconds'] if task == 'startup' else mine['examples_per_s'] / row['examples_per_s']
+                assert found['ratio'][peer] == ratio and f'against {peer}: {ratio:.2f} times as fast' in text, (task, text)
+                if task != 'startup':
+                    assert found['memory_ratio'][peer] == mine['memory_mib'] / row['memory_mib'] and row['gflops'] > 0, (task, row)
+                if task in ('eval', 'gen', 'predict'):                                      # the same texts
+                    assert abs(row['tokens_per_s'] / row['examples_per_s'] - mine['tokens_per_s'] / mine['examples_per_s']) < 2.01, (task, rows)
 
-    def train_here(command, log, steps):
-        assert os.path.basename(command[1]) == 'train_cls.py' and os.path.dirname(log) == command[-1]
-        trained.append(train_cls.main(command[2:]))
-    with little_world(), patched(subprocess, 'run', in_this_process), patched(bench, 'stop_before_the_test', train_here):
-        for task, *more in (['lora'], ['last'], ['eval'], ['gen'], ['gen', '--batch_size', '1']):          # 1: theirs is then the model's own loss
-            path = os.path.join(tmp(), 'figures.json')
-            text = script(bench.main, ['--task', task, *small, *more, '--against', 'hf', '--json', path])[1]
-            found = data.read_json(path)
-            rates = found['examples_per_s']
-            assert list(rates) == ['nanocls', 'Hugging Face'] and all(rate > 0 for rate in rates.values()), (task, rates)
-            assert (found['task'], found['model'], found['dtype']) == (task, 'distilgpt2', 'fp32')
-            assert found['ratio'] == rates['nanocls'] / rates['Hugging Face'] and f'ratio {found["ratio"]:.2f}' in text
-        assert trained == [None, None] and len(os.listdir(os.path.join(data.cache_dir(), 'bench'))) == 1       # one base for all
+
+def test_bench_peers_batches():
+    """default pads random batches, best those of like length; dropout and precision are as the names promise."""
+    try:
+        import transformers
+    except ImportError:
+        skip('transformers is not installed')
+    transformers.logging.set_verbosity_error()
+    seen, init = [], transformers.Trainer.__init__
+
+    def watched(self, model, args, **k):
+        seen.append((args.train_sampling_strategy, args.bf16, model.config.resid_pdrop, args.per_device_train_batch_size))
+        init(self, model, args, **k)
+    with little_bench(), patched(transformers.Trainer, '__init__', watched):
+        rows = ''.join(f'{"fine " * (1 + 37 * i % 40)}film {i}\t{i % 2}\n' for i in range(240))
+        write(os.path.join('sst2', 'train.tsv'), rows, os.environ['NANOCLS_DATA'])
+        found = bench_of('head', '--steps', '20', '--dtype', 'fp32', '--against', 'hf', '--batch_size', '4')[1]['rows']
+        assert seen == [('random', False, 0.1, 4), ('group_by_length', False, 0.0, 4)], seen
+        default, best = (found[f'Hugging Face {peer}']['pad_share'] for peer in ('default', 'best'))
+        assert default > 0.25 > 2 * best, (default, best)
+    args = SimpleNamespace(hf_dtype=None, dtype='bf16')
+    assert [bench.precision(args, peer) for peer in ('default', 'best')] == ['fp32', 'bf16']
+    assert bench.precision(SimpleNamespace(hf_dtype='bf16', dtype='fp32'), 'default') == 'bf16'
 
 
-def test_bench_stops_before_the_test():
-    log = os.path.join(tmp(), 'log.jsonl')
-    code = f'import time; open({log!r}, "w").write(\'{{"step": 30, "loss": 1}}\'); time.sleep(60)'
-    t = time.time()
-    bench.stop_before_the_test([sys.executable, '-S', '-c', code], log, 30)
-    assert time.time() - t < 30
-    code = 'import sys; sys.stderr.write("no luck"); sys.exit(3)'
-    raises(UserError, bench.stop_before_the_test, [sys.executable, '-S', '-c', code], 'nowhere', 30, match='no luck')
+def test_bench_length():
+    """All texts have exactly so many tokens, on both sides; one step is enough."""
+    with little_bench():
+        write(os.path.join('sst2', 'train.tsv'), ''.join(f'a fine film {i} \t{i % 2}\n' for i in range(300)), os.environ['NANOCLS_DATA'])
+        for task, steps in (('lora', 1), ('last', 3)):
+            row = bench_of(task, '--steps', str(steps), '--length', '16')[1]['rows']['nanocls']
+            assert row['pad_share'] == 0 and abs(row['tokens_per_s'] / row['examples_per_s'] - 16) < 1e-6, row
+        texts = bench.texts_of_length(50, 20)
+        enc = data.tokenizer('gpt2')
+        assert len(set(texts)) == 20 and {len(enc.encode_ordinary(text)) for text in texts} == {50}
+        raises(UserError, bench.texts_of_length, 16, 1000, match='lower it')
+        for flags, words in ((['--task', 'gen', '--length', '16'], '--length does nothing'), (['--length', '2000'], 'positions'),
+                             (['--rows', '5'], '--rows does nothing')):
+            raises(UserError, bench.main, LITTLE + flags, match=words)
+    with little_world(), patched(subprocess, 'run', lambda *a, **k: SimpleNamespace(returncode=2, stdout='', stderr='error:\nno luck')):
+        raises(UserError, bench.main, LITTLE, match='nanocls failed: error: no luck')
+
+
+def test_bench_flops():
+    """The formula against torch's own count of a forward pass, and the tasks against one another."""
+    from torch.utils.flop_counter import FlopCounterMode
+    cfg = gpt.Config(3, 4, 32, 64, 300)
+    model = gpt.GPT(cfg, 2).init_weights()
+
+    def counted(n, run):
+        """Without attention, whose kernel is counted whole, though half of it is masked."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run(torch.zeros(1, n, dtype=torch.long), torch.tensor([n]))
+        return sum(c for op, c in counter.get_flop_counts()['Global'].items() if 'attention' not in str(op))
+    C, L = cfg.n_embd, cfg.n_layer
+    for n in (1, 7, 40):
+        pairs = 4 * C * ((L - 1) * n * (n + 1) / 2 + n)                     # 2 for the score and 2 for the sum, each C
+        head = 2 * C * 2
+        queries = 2 * C * C * (n - 1)                                       # made and thrown away: not needed
+        assert bench.flops('head', cfg, [n]) == counted(n, model.classify) - head - queries + pairs, n
+        T = n + 1                                                           # <|endoftext|> in front; that behind is a target alone
+        scored = counted(T, lambda ids, lengths: model.next_logprobs(model.hidden(ids)[0], ids[0])) + 4 * C * L * T * (T + 1) / 2
+        assert bench.flops('gen', cfg, [n]) == bench.CLASSES * scored, n
+        assert bench.flops('gen', cfg, [n], top=3) == bench.flops('gen', cfg, [n]) > bench.flops('gen', cfg, [n], top=1)
+        shared = (24 * C * C * T + 2 * C * T * (T + 1)) * (L - 1) * (bench.CLASSES - 1)
+        assert bench.flops('gen', cfg, [n]) - bench.flops('gen', cfg, [n], top=1) == shared, n
+        forward = bench.flops('eval', cfg, [n])
+        assert forward == bench.flops('head', cfg, [n]) == bench.flops('predict', cfg, [n])
+        assert bench.flops('full', cfg, [n]) == 3 * forward
+        assert bench.flops('lora', cfg, [n]) == 2 * forward + pairs == bench.flops('adapter', cfg, [n])
+        block = 4 * C * C * n + 20 * C * C + 4 * C * n
+        assert bench.flops('last', cfg, [n]) == forward + 2 * block, n
+    assert bench.flops('lora', cfg, [7, 40]) == bench.flops('lora', cfg, [7]) + bench.flops('lora', cfg, [40])
+    assert bench.matmul_rate('cpu', torch.float32, 64) > 0.01
+
+
+def test_bench_memory():
+    """The peak is that of the process, and stays after what was held is gone."""
+    code = ('import bench\nbefore = bench.peak_memory("cpu")\nx = bench.torch.ones(100 * 2**18)\ndel x\n'
+            'print(before, bench.peak_memory("cpu"))')
+    before, after = map(float, subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True, check=True,
+                                              cwd=os.path.dirname(bench.__file__)).stdout.split())
+    assert before < 2000 and 90 < after - before < 150, (before, after)
 
 
 def test_bench_curves():
