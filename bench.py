@@ -11,9 +11,10 @@
 
 Random weights of GPT-2's shape, real texts (SST-2's but for gen), the same token ids, rows and batch size on both sides. Ours is the scripts
 themselves. --hf names the peers: `default` is TrainingArguments' own settings (float32, GPT-2's dropout 0.1, padding to the longest of a random
-batch), `best` what can be had from them by flags (--dtype, dropout as ours, batches of like length; evaluation on weights in half precision).
-Of gen they are a float32 model per class fed one text at a time, and one in --dtype fed eight. Of predict a loop over batches of 16 in the file's
-order, and one of like length in --dtype. Of startup PEFT over the base, and the merged model without PEFT; both are spared the tokenizer.
+batch), `half` the same with --bf16, `best` what can be had from them by flags (--dtype, dropout as ours, batches of like length; evaluation on
+weights in half precision). Of gen they are a float32 model per class fed one text at a time, one in --dtype fed eight, and one fed eight of like
+length. Of predict a loop over batches of 16 in the file's order, the same in --dtype, and of like length. Of startup `default` is PEFT over the
+base, the others the merged model without PEFT; all are spared the tokenizer.
 
 The sides take turns, each in a process of its own. Figures are medians over blocks of steps after a warm-up; memory is the process's peak (of a
 file that is mapped the pages that were read count, too), on CUDA that of PyTorch's allocator. GFLOP/s counts what the real tokens need (`flops`),
@@ -49,6 +50,7 @@ CLASSES = 4             # of gen
 METHODS = dict(lora=['--lora', '--r', '8'], full=['--full'], last=['--last', '1'], head=['--head'], adapter=['--adapter'])
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
 HERE = os.path.dirname(os.path.abspath(__file__))
+PEERS = ('default', 'half', 'best')
 TEXT = 'a gorgeous, witty film'
 
 
@@ -238,8 +240,8 @@ def ours(args, folder):
             model = gpt.GPT.load(folder, num_labels=2, new_head=True)
             lora.adapt(model, 'lora')
         gpt.place(model.requires_grad_(False), device, dtype)
-        tokens, few = (tokens_of(part, args.length or 128) for part in (texts, texts[:8 + len(texts) // 8]))
-        score(model, few, 1024, 'head', device, dtype)              # the warm-up
+        tokens = tokens_of(texts, args.length or 128)
+        score(model, tokens, 1024, 'head', device, dtype)           # the warm-up
         return [timed(lambda: score(model, tokens, 1024, 'head', device, dtype), fed, device)], tokens.lengths
     finally:
         data.collate = collate
@@ -314,7 +316,7 @@ def theirs(args, folder, peer):
 @torch.no_grad()
 def theirs_gen(args, folder, peer):
     """A whole language model per class, as scripts that do this have it. default: the model's own mean loss times the tokens, a text at a time;
-    best: eight, by length; the same sums as ours."""
+    half: eight; best: eight, by length; the same sums as ours."""
     from transformers import GPT2LMHeadModel
     tokens, fed = tokens_of(agnews_texts(args), 128), []
     models = [GPT2LMHeadModel.from_pretrained(folder, dtype=DTYPES[precision(args, peer)]).to(args.device).eval() for _ in range(CLASSES)]
@@ -399,7 +401,7 @@ def theirs_trainer(args, folder, peer):
         if args.task == 'eval':
             if best:
                 rows.sort(key=lambda row: -len(row['input_ids']))
-            trainer.predict(rows[::8])                              # the warm-up
+            trainer.predict(rows[::8] if peer == 'default' else rows)       # the warm-up
             return [timed(lambda: trainer.predict(rows), fed, args.device)], tokens.lengths
         trainer.train()
     return [block_of(fed[first:first + args.steps], times[1] - times[0])], tokens.lengths
@@ -474,7 +476,7 @@ def startup(args, folder, side):
     elif side == 'floor':
         command = [sys.executable, '-c', 'import torch, numpy']
     else:
-        merged = side == 'best'
+        merged = side != 'default'
         dtype = str(DTYPES[precision(args, side)])[6:]
         ids = data.tokenizer('gpt2').encode_ordinary(TEXT)
         command = [sys.executable, '-c', ANSWER, os.path.join(args.at, 'exported') if merged else folder, '' if merged else run, args.device, dtype,
@@ -574,7 +576,8 @@ def main(argv=None):
     p = data.Parser(description=__doc__, prog='bench.py')
     p.add_argument('--task', choices=(*METHODS, 'eval', 'gen', 'startup', 'predict', 'curves'), default='lora', help='what to time')
     p.add_argument('--against', choices=('hf',), help='run the peers beside it: transformers, with PEFT for lora and eval')
-    p.add_argument('--hf', nargs='+', choices=('default', 'best'), default=['default', 'best'], help='which peers, with --against hf')
+    p.add_argument('--hf', nargs='+', choices=PEERS, default=list(PEERS), help='which peers, with --against hf: float32 as Trainer comes, the same '
+                   'in --dtype, and with all settings that make it fast')
     p.add_argument('--model', choices=tuple(gpt.HUB_NAMES), default='gpt2', help='shape; the weights are random')
     p.add_argument('--batch_size', type=data.positive, default=16, help='rows per training step, and of the default peer\'s evaluation')
     p.add_argument('--steps', type=data.positive, default=STEPS, help='training steps of a block; few are enough for the peak of memory')
@@ -588,7 +591,7 @@ def main(argv=None):
     p.add_argument('--seed', type=int, default=1, help='of --task curves: the first seed')
     p.add_argument('--base', metavar='DIR', help='of --task curves: this base model, instead of training one')
     p.add_argument('--top', type=data.positive, metavar='M', help='of --task gen: LoRA in the last M blocks alone')
-    p.add_argument('--hf_dtype', choices=tuple(DTYPES), help='precision of both peers; without it float32 of default, and --dtype of best')
+    p.add_argument('--hf_dtype', choices=tuple(DTYPES), help='precision of all peers; without it float32 of default, and --dtype of the others')
     p.add_argument('--json', metavar='FILE', help='write the figures there')
     p.add_argument('--worker', metavar='SIDE', help='(used by bench.py itself: take one turn of this side and print its figures)')
     p.add_argument('--at', metavar='DIR', help='(used by bench.py itself: what the sides share)')

@@ -35,13 +35,26 @@ SMALL_BASE = 20_000_000                             # bytes; a base model below 
 
 # ------------------------------------------------------------------------------------------------------------ wrappers
 
+def dropped(n, p):
+    """Which of n values a dropout of share p drops -> positions, int64, ascending. On CPUs bernoulli_ draws a number per value, one after
+    another, and took a quarter of a training step. The distances between dropped values are geometric, so one draw per dropped value does:
+    the floor of an exponential of rate -log(1 - p). Seeded by torch's generator."""
+    draw = np.random.Generator(np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))).standard_exponential
+    at, last = [], -1
+    while last < n:
+        gaps = draw(int(n * p + 6 * math.sqrt(n * p)) + 16, np.float32) * (-1 / math.log1p(-p))
+        at.append(last + np.cumsum(gaps.astype(np.int64) + 1))      # nearly always enough at once
+        last = at[-1][-1]
+    at = np.concatenate(at) if len(at) > 1 else at[0]
+    return torch.from_numpy(at[:np.searchsorted(at, n)])
+
+
 class Dropout(torch.autograd.Function):
-    """F.dropout(x, p) in training, for CPUs, where bernoulli_ draws a number per value, one after another, and took a quarter of a training
-    step. The distances between dropped values are geometric, so one draw per dropped value does: the floor of an exponential of rate -log(1 - p)."""
+    """F.dropout(x, p) in training, for CPUs."""
 
     @staticmethod
     def forward(ctx, x, p):
-        ctx.p, ctx.at = p, torch.from_numpy(Dropout.places(x.numel(), p))
+        ctx.p, ctx.at = p, dropped(x.numel(), p)
         return Dropout.masked(ctx, x)
 
     @staticmethod
@@ -52,22 +65,36 @@ class Dropout(torch.autograd.Function):
     def masked(ctx, x):
         return (x.reshape(-1) * (1 / (1 - ctx.p))).index_fill_(0, ctx.at, 0).view(x.shape)
 
-    @staticmethod
-    def places(n, p):
-        """Which of n values are dropped -> int64 numpy, ascending. The seed is drawn from torch's generator."""
-        draw = np.random.Generator(np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))).standard_exponential
-        at, last = [], -1
-        while last < n:
-            gaps = draw(int(n * p + 6 * math.sqrt(n * p)) + 16, np.float32) / -math.log1p(-p)
-            at.append(last + np.cumsum(gaps.astype(np.int64) + 1))  # nearly always enough at once
-            last = at[-1][-1]
-        at = np.concatenate(at)
-        return at[:np.searchsorted(at, n)]
-
 
 def dropout(x, p):
     """F.dropout(x, p) in training."""
     return Dropout.apply(x, p) if x.device.type == 'cpu' else F.dropout(x, p)
+
+
+class PackedLoRA(torch.autograd.Function):
+    """What LoRA.forward computes, over a packed base: x (M, in) bfloat16, A (r, in), B (out, r) -> (M, out); of K classes x (K, M, in),
+    A (K, r, in), B (K, out, r) -> (K, M, out). One node, since around products this thin a tenth of a step went into what autograd and
+    autocast do between them; dropout's 1 / (1 - p) and the scale are A's."""
+
+    @staticmethod
+    def forward(ctx, x, A, B, packed, scale, p):
+        ctx.packed, ctx.scale, ctx.at = packed, scale / (1 - p), dropped(x.numel(), p) if p else None
+        A, B = (A * ctx.scale).to(x.dtype), B.to(x.dtype)
+        kept = x.clone().view(-1).index_fill_(0, ctx.at, 0).view(x.shape) if p else x
+        a = kept @ A.transpose(-2, -1)
+        ctx.save_for_backward(kept, a, A, B)
+        y = packed.raw(x)
+        return y.addmm_(a, B.t()) if y.dim() == 2 else y.baddbmm_(a, B.transpose(-2, -1))
+
+    @staticmethod
+    def backward(ctx, g):
+        kept, a, A, B = ctx.saved_tensors
+        da, dx = g @ B, None
+        dA, dB = (da.transpose(-2, -1) @ kept).float() * ctx.scale, (g.transpose(-2, -1) @ a).float()
+        if ctx.needs_input_grad[0]:
+            dx, through = ctx.packed.gradient(g), da @ A
+            dx += through if ctx.at is None else through.view(-1).index_fill_(0, ctx.at, 0).view(kept.shape)
+        return dx, dA, dB, None, None, None
 
 
 class LoRA(nn.Module):
@@ -91,38 +118,45 @@ class LoRA(nn.Module):
         if self.folds(x, gelu):
             return self.fold(x, gelu)
         y = self.updated(x)
-        return F.gelu(y, approximate='tanh') if gelu else y
+        return gpt.gelu_of(y, getattr(self.base, 'packs', False)) if gelu else y
 
     def folds(self, x, gelu):
-        """Is fold() to be used? While nothing trains, where oneDNN packs weights, and if the update is thin enough for it to pay."""
+        """Is fold() to be used? While nothing trains, where oneDNN packs weights, and of K classes if their updates are thin enough for it to pay."""
         frozen = not (self.A.requires_grad or self.B.requires_grad or (self.training and self.p) or torch.is_grad_enabled() and x.requires_grad)
-        return frozen and getattr(self.base, 'packs', False) and self.A.numel() <= self.A.shape[-1]**2 // (4 if gelu else 16)
+        thin = self.A.dim() == 2 or len(self.A) * self.A.shape[1] <= self.A.shape[2] // (4 if gelu else 16)
+        return frozen and thin and getattr(self.base, 'packs', False)
 
     def fold(self, x, gelu):
-        """x W + (x A^T) B^T is one product, (x, x A^T) times W on top of B^T, and GELU comes with it. Of K classes all B^T stand below W, and a
-        row has zeros for the other classes."""
-        k, r, n_in = len(self.A) if self.A.dim() == 3 else 1, *self.A.shape[-2:]
+        """The layer as one product with packed weights, and GELU within it. One update: W + scale (B A)^T, summed in float32 and rounded once, no
+        further from float32 than W x + ... rounded apart; the weights themselves stay as they are. Of K classes: x W + (x A^T) B^T is
+        (x, x A^T) times W on top of B^T; below W stand all classes' B^T, and a row has zeros for those of the others."""
+        k, r, n_in = len(self.A) if self.A.dim() == 3 else 0, *self.A.shape[-2:]
         if self.folded is None:
-            B = self.B.view(k, -1, r).transpose(1, 2).flatten(0, 1)                                    # (K r, out)
-            self.folded = gpt.Packed(torch.cat((self.base.weight, B)), self.base.bias)
-            self.down = (self.A * self.scale).view(k, r, n_in).transpose(1, 2).to(torch.bfloat16)       # (K, in, r)
-        wide = torch.empty(*x.shape[:-1], n_in + k * r, dtype=torch.bfloat16)
-        wide[..., :n_in] = x
-        wide[..., n_in + r if k == 1 else n_in:] = 0
-        for i, rows in enumerate(wide.view(k, -1, n_in + k * r)):
-            rows[:, n_in + i * r:n_in + (i + 1) * r] = rows[:, :n_in] @ self.down[i]
-        return self.folded.product(wide, gelu)
+            W = self.base.weight.detach()
+            self.folded = gpt.Packed(torch.cat((W, self.B.transpose(1, 2).flatten(0, 1))) if k else W + self.delta(), self.base.bias)     # (in + K r, out)
+            self.down = (self.A * self.scale).transpose(-2, -1).to(torch.bfloat16)                       # (K, in, r)
+        if k:
+            wide = torch.empty(*x.shape[:-1], n_in + k * r, dtype=torch.bfloat16)
+            wide[..., :n_in], wide[..., n_in:] = x, 0
+            for i, rows in enumerate(wide.view(k, -1, n_in + k * r)):
+                rows[:, n_in + i * r:n_in + (i + 1) * r] = rows[:, :n_in] @ self.down[i]
+            x = wide
+        return self.folded.product(x, gelu)
 
     def updated(self, x):                                           # (..., in) -> (..., out)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))       # rounded once, before the mask
+        p, axis = self.p if self.training else 0.0, self.A.shape[:-2]                   # axis: (), or (K,): x is K slices of B T rows
+        if getattr(self.base, 'packs', False):
+            y = PackedLoRA.apply(x.reshape(*axis, -1, x.shape[-1]), self.A, self.B, self.base.pack(), self.scale, p)
+            return y.view(*x.shape[:-1], -1)
         y = self.base(x)
-        if self.training and self.p:
-            x = dropout(x, self.p)
-        if self.A.dim() == 3:                                       # (K B, T, in): K slices of B T rows
-            k = len(self.A)
-            a = torch.bmm(x.reshape(k, -1, x.shape[-1]), self.A.transpose(1, 2).to(x.dtype)) * self.scale    # (K, B T, r)
-            return torch.baddbmm(y.view(k, -1, y.shape[-1]), a, self.B.transpose(1, 2).to(y.dtype)).view(y.shape)
+        x = x.to(y.dtype)
+        if p:
+            x = dropout(x, p)
+        if axis:
+            a = torch.bmm(x.reshape(*axis, -1, x.shape[-1]), self.A.transpose(1, 2).to(x.dtype)) * self.scale                  # (K, B T, r)
+            return torch.baddbmm(y.view(*axis, -1, y.shape[-1]), a, self.B.transpose(1, 2).to(y.dtype)).view(y.shape)
         a = F.linear(x, self.A) * self.scale                        # (..., r)
         return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), self.B.t()).view(y.shape)            # the sum costs no pass of its own
 

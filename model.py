@@ -77,18 +77,47 @@ class Packed:
         return PackedProduct.apply(x.to(torch.bfloat16), self, gelu)
 
 
+    def raw(self, x, gelu=False):
+        """The product of bfloat16 x, which autograd does not see."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.there, self.bias, *(('gelu', [], 'tanh') if gelu else ('none', [], '')))
+
+    def gradient(self, g):
+        """Gradient of the product (..., out) -> of x (..., in)."""
+        if self.back is None:
+            self.back = self.pack(self.W)
+        return torch.ops.mkldnn._linear_pointwise(g, self.back, None, 'none', [], '')
+
+
 class PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, packed, gelu):
         ctx.packed = packed
-        return torch.ops.mkldnn._linear_pointwise(x, packed.there, packed.bias, *(('gelu', [], 'tanh') if gelu else ('none', [], '')))
+        return packed.raw(x, gelu)
 
     @staticmethod
     def backward(ctx, g):
-        packed = ctx.packed
-        if packed.back is None:
-            packed.back = Packed.pack(packed.W)
-        return torch.ops.mkldnn._linear_pointwise(g, packed.back, None, 'none', [], ''), None, None
+        return ctx.packed.gradient(g), None, None
+
+
+class PackedGELU(torch.autograd.Function):
+    """GELU (tanh form) of a bfloat16 tensor by oneDNN, three times as fast as torch's own. torch reaches it only behind a product: the identity's."""
+    identity = None
+
+    @staticmethod
+    def forward(ctx, x):
+        if PackedGELU.identity is None:
+            PackedGELU.identity = Packed.pack(torch.eye(16))
+        ctx.save_for_backward(x)
+        return torch.ops.mkldnn._linear_pointwise(x.view(-1, 16), PackedGELU.identity, None, 'gelu', [], 'tanh').view(x.shape)
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.ops.aten.gelu_backward(g, *ctx.saved_tensors, approximate='tanh')
+
+
+def gelu_of(x, packed=False):
+    """GELU in the tanh form. packed: x came out of a packed product."""
+    return PackedGELU.apply(x) if packed and x.shape[-1] % 16 == 0 else F.gelu(x, approximate='tanh')
 
 
 class Conv1D(nn.Module):
@@ -100,13 +129,18 @@ class Conv1D(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out))
         self.packs, self.packed = False, None                       # packs: place() allows it, and the first product does it
 
+    def pack(self):
+        """-> Packed, made once."""
+        self.packed = self.packed or Packed(self.weight, self.bias)
+        return self.packed
+
     def forward(self, x, gelu=False):                               # (..., in) -> (..., out); gelu: GELU of it
-        if self.packs and self.packed is None:
-            self.packed = Packed(self.weight, self.bias)
+        if self.packs:
+            self.pack()
         if self.packed is not None and not (gelu and torch.is_grad_enabled() and x.requires_grad):
             return self.packed.product(x, gelu)
         y = F.linear(x, self.weight.t(), self.bias) if self.packed is None else self.packed.product(x)
-        return F.gelu(y, approximate='tanh') if gelu else y
+        return gelu_of(y, self.packs) if gelu else y
 
 
 class Attention(nn.Module):

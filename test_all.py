@@ -1662,9 +1662,9 @@ def test_cpu_dropout_is_dropout():
     y = lora.dropout(x, 0.3)
     y.sum().backward()
     assert torch.equal(x.grad != 0, y != 0) and torch.allclose(x.grad[y != 0], torch.tensor(1 / 0.7)) and torch.allclose(y, x * x.grad)
-    first = [int(lora.Dropout.places(4000, 0.01)[0]) for _ in range(4000)]          # geometric: P(the first is i) = p (1 - p)^i
+    first = [int(lora.dropped(4000, 0.01)[0]) for _ in range(4000)]          # geometric: P(the first is i) = p (1 - p)^i
     assert abs(np.mean(first) - 99) < 5 * 99.5 / 4000**0.5 and abs(np.mean(np.array(first) < 69) - 0.5) < 0.05
-    assert 2 < len(lora.Dropout.places(10**7, 1e-6)) < 30 and (lora.Dropout.places(10**4, 0.99) < 10**4).all()
+    assert 2 < len(lora.dropped(10**7, 1e-6)) < 30 and (lora.dropped(10**4, 0.99) < 10**4).all()
 
 
 def test_trainable_count_gpt2():
