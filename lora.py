@@ -134,12 +134,13 @@ class LoRA(nn.Module):
         if self.folded is None:
             W = self.base.weight.detach()
             self.folded = gpt.Packed(torch.cat((W, self.B.transpose(1, 2).flatten(0, 1))) if k else W + self.delta(), self.base.bias)     # (in + K r, out)
-            self.down = (self.A * self.scale).transpose(-2, -1).to(torch.bfloat16)                       # (K, in, r)
+            self.down = (self.A * self.scale).reshape(-1, n_in).t().to(torch.bfloat16)                   # (in, K r)
+            self.own = torch.eye(max(k, 1), dtype=torch.bfloat16).repeat_interleave(r, 1)[:, None]     # (K, 1, K r): which of them are a class's
         if k:
             wide = torch.empty(*x.shape[:-1], n_in + k * r, dtype=torch.bfloat16)
-            wide[..., :n_in], wide[..., n_in:] = x, 0
-            for i, rows in enumerate(wide.view(k, -1, n_in + k * r)):
-                rows[:, n_in + i * r:n_in + (i + 1) * r] = rows[:, :n_in] @ self.down[i]
+            wide[..., :n_in] = x
+            rows = wide.view(-1, n_in + k * r)
+            rows[:, n_in:] = ((rows[:, :n_in] @ self.down).view(k, -1, k * r) * self.own).view(-1, k * r)
             x = wide
         return self.folded.product(x, gelu)
 

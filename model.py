@@ -49,7 +49,8 @@ SHAPES = {
 HUB_NAMES = {name: f'{owner}/{name}' for name, owner in data.WEIGHTS.items()}
 NANO_STEPS = 1600       # of its training; a minute or more on two cores
 FROZEN_BYTES = 8 * 2**30        # of FrozenStates that the cache keeps; SST-2's are 1.3 GB, those of the head alone 0.2 GB
-LOGITS = 2**23      # next-token logits held at a time on a CPU: 32 MB in float32; 16 times as many on a GPU
+SPARE = 8               # columns of the product of logits besides the model's: one for the shift, and zeros to a width that kernels like
+ROWS, COLUMNS = 512, 4096       # positions and tokens whose next-token logits are held at a time: 8 MB in float32
 
 # -------------------------------------------------------------------------------------------------------------- model
 
@@ -57,8 +58,8 @@ class Packed:
     """A frozen matrix W (in, out), with bias (out,), in bfloat16 and in the blocks that oneDNN's kernels read, as torch.compile packs the weights
     of an inference graph; a product from rows makes those blocks anew each time, a fifth of its time. `product` is x W + b, differentiable in x."""
 
-    def __init__(self, W, bias):
-        self.W, self.bias = W, bias.detach().to(torch.bfloat16)
+    def __init__(self, W, bias=None):
+        self.W, self.bias = W, bias if bias is None else bias.detach().to(torch.bfloat16)
         self.there, self.back = self.pack(W.t()), None              # back, of the gradient, is packed when one is asked for
 
     @staticmethod
@@ -156,7 +157,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.c_attn(x)
         if x.device.type == 'cpu':                                  # the CPU kernel takes twice as long in bfloat16, and its backward six times
-            qkv = qkv.float()
+            qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
         q, k, v = qkv.split(C, dim=2)                               # (B, T, C) each
         mask = None
         if last is not None:                                        # only one position of each text asks; it sees all up to itself
@@ -198,53 +199,73 @@ class Block(nn.Module):
 
 class NextLogprobs(torch.autograd.Function):
     """h (M, C), W (V, C) of one dtype, target (M,) -> (M,) float32 log softmax(h W^T)[target]. Neither direction ever holds (M, V): the logits
-    of some positions at a time go through one buffer that stays in the cache, where they become exponentials in place; that is also faster.
-    While W is frozen the gradient of h, W[target] - softmax(h W^T) W, is taken as long as they are there; to train W they are computed again."""
+    of ROWS positions and COLUMNS tokens at a time stay in the cache, where they become exponentials in place; sums are rescaled when a larger
+    logit comes (Milakov and Gimelshein 2018, arXiv 1805.02867). While W is frozen the gradient of h, W[target] - softmax(h W^T) W, is taken
+    as long as they are there; to train W they are computed again. packed: Packed of W^T in such pieces, with a row of ones below."""
 
     @staticmethod
-    def forward(ctx, h, W, target):
-        ctx.size = max(1, LOGITS * (1 if h.device.type == 'cpu' else 16) // len(W))
+    def forward(ctx, h, W, target, packed=None):
         now = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        out, grad = h.new_empty(len(h), dtype=torch.float32), torch.empty_like(h) if now else None
-        for piece, e, own, total in NextLogprobs.pieces(ctx, h, W, target):
-            out[piece] = own - total.log()
+        out, grad, tops, totals = h.new_empty(len(h), dtype=torch.float32), torch.empty_like(h) if now else None, [], []
+        for piece, part, shift, rest in NextLogprobs.pieces(h, W, target):
+            top, total, mean = torch.zeros_like(rest), torch.zeros_like(rest), torch.zeros_like(part, dtype=torch.float32)
+            for columns, x in NextLogprobs.logits(part, W, shift, packed):
+                higher = torch.maximum(top, x.amax(1, keepdim=True))
+                shrink, top = (top - higher).exp_(), higher
+                e = x.sub_(top).exp_()
+                total = total * shrink + e.sum(1, keepdim=True)
+                if now:
+                    e = e.to(h.dtype)
+                    mean = mean.mul_(shrink).add_(e @ W[columns] if packed is None else packed[columns.start // COLUMNS].gradient(e)[:, :W.shape[1]])
+            out[piece] = (rest - top - total.log()).squeeze(1)
             if now:
-                grad[piece] = W[target[piece]] - (e.to(W.dtype) @ W) / total[:, None]
-        ctx.save_for_backward(*([grad] if now else [h, W, target]))
+                grad[piece] = W[target[piece]] - mean / total
+            tops.append(top), totals.append(total)
+        ctx.save_for_backward(*([grad] if now else [h, W, target, torch.cat(tops), torch.cat(totals)]))
         return out
 
     @staticmethod
-    def pieces(ctx, h, W, target):
-        """Yields slice, exp(logits - their largest) (m, V), the target's logit - the largest (m,), the sum of the exponentials (m,), in float32.
+    def pieces(h, W, target):
+        """Yields slice, h there (m, C), shift (m, 1), and what shift lacks to the target's logit (m, 1) float32.
         GPT-2's logits lie near -100, where a product in bfloat16 comes out 0.5 apart. Softmax does not see a shift: with the target's logit
         subtracted within the product, before it is rounded, the target's error is none and another token's at most 1/256 of its distance."""
-        logits = h.new_empty(min(ctx.size, len(h)), len(W))
-        wide = logits if h.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
-        for at in range(0, len(h), ctx.size):
-            piece = slice(at, at + ctx.size)
-            part, aim = h[piece], target[piece, None]
-            shift = (part.float() * W[target[piece]].float()).sum(1, keepdim=True).to(h.dtype)      # rounded: any value near it will do
-            x = torch.addmm(-shift, part, W.t(), out=logits[:len(part)])
-            x = x if wide is logits else wide[:len(part)].copy_(x)
-            top = x.amax(1, keepdim=True)
-            own = x.gather(1, aim) - top
-            e = x.sub_(top).exp_()
-            yield piece, e, own.squeeze(1), e.sum(1)
+        for at in range(0, len(h), ROWS):
+            piece = slice(at, at + ROWS)
+            exact = (h[piece].float() * W[target[piece]].float()).sum(1, keepdim=True)
+            shift = exact.to(h.dtype)
+            yield piece, h[piece], shift, exact - shift.float()
+
+    @staticmethod
+    def logits(h, W, shift, packed):
+        """Yields slice of the vocabulary, h W^T - shift there in float32."""
+        for at in range(0, len(W), COLUMNS):
+            columns = slice(at, at + COLUMNS)
+            if packed is None:
+                x = torch.addmm(-shift, h, W[columns].t())
+            else:
+                x = packed[columns.start // COLUMNS].raw(torch.cat((h, -shift, h.new_zeros(len(h), SPARE - 1)), 1))
+            yield columns, x.float()
 
     @staticmethod
     def backward(ctx, g):                                           # g (M,)
         if len(ctx.saved_tensors) == 1:
             grad, = ctx.saved_tensors
-            return g[:, None].to(grad.dtype) * grad, None, None
-        h, W, target = ctx.saved_tensors
-        dh, dW = torch.empty_like(h), torch.zeros_like(W, dtype=torch.float32)
-        for piece, e, _, total in NextLogprobs.pieces(ctx, h, W, target):
-            e.mul_((-g[piece] / total)[:, None])                    # now the gradient of the logits, but for the target's
-            e[torch.arange(len(e), device=e.device), target[piece]] += g[piece]
-            e = e.to(h.dtype)
-            dh[piece] = e @ W
-            dW = dW.addmm_(e.t(), h[piece]) if e.dtype == dW.dtype else dW.add_(e.t() @ h[piece])
-        return dh, dW.to(W.dtype), None
+            return g[:, None].to(grad.dtype) * grad, None, None, None
+        h, W, target, tops, totals = ctx.saved_tensors
+        dh, dW = W[target] * g[:, None].to(h.dtype), torch.zeros_like(W, dtype=torch.float32)
+        dW.index_add_(0, target, h.float() * g[:, None])
+        for piece, part, shift, _ in NextLogprobs.pieces(h, W, target):
+            for columns, x in NextLogprobs.logits(part, W, shift, None):
+                e = x.sub_(tops[piece]).exp_().mul_(-g[piece, None] / totals[piece]).to(h.dtype)
+                dh[piece] += e @ W[columns]
+                dW[columns] += e.t() @ part
+        return dh, dW.to(W.dtype), None, None
+
+
+def packed_vocabulary(W):
+    """wte (V, C) -> what NextLogprobs takes as packed: COLUMNS of W^T each, ones below, by which the shift enters the product, and zeros."""
+    W = torch.cat((W.detach().t(), W.new_ones(1, len(W)), W.new_zeros(SPARE - 1, len(W))))
+    return [Packed(W[:, at:at + COLUMNS]) for at in range(0, W.shape[1], COLUMNS)]
 
 
 class GPT(nn.Module):
@@ -264,6 +285,7 @@ class GPT(nn.Module):
         self.register_parameter('prompt', None)                     # (N, C) learned vectors in front of every text: lora.add_prompt
         self.classes = 0                                            # K: every text is read K times, by the K slices of prompt or LoRA
         self.split = 0                                              # the first block where the K readings differ; they share those below it
+        self.packs, self.vocabulary = False, None                   # as of Conv1D: the packed wte^T that logits come from
         self.masters = {}                                           # float32 originals of weights that place() stored in half precision
 
     @property
@@ -348,7 +370,9 @@ class GPT(nn.Module):
         kind = h.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         with torch.autocast(kind, enabled=False):
-            return NextLogprobs.apply(h.to(dtype), self.wte.weight.to(dtype), target)
+            if self.packs and self.vocabulary is None:
+                self.vocabulary = packed_vocabulary(self.wte.weight)
+            return NextLogprobs.apply(h.to(dtype), self.wte.weight.to(dtype), target, self.vocabulary)
 
     def logprob(self, ids, lengths, whole, context=(), first=None, of=None):
         """log P(text) in nats: the sum of token_logprobs -> (B,) float32, or (B, K) of a model with K classes."""
@@ -650,14 +674,13 @@ def cpu_has_bf16():
 
 
 def keep_freed_memory():
-    """glibc hands freed blocks of a megabyte back to the system, and the next layer's activations then cost page faults: a fifth of an
-    evaluation's time. Where there is a glibc, ask it to keep them. Other systems are left as they are."""
+    """glibc hands freed blocks of a megabyte back to the system, and the next layer's activations then cost page faults: a fifth of the
+    time of an evaluation and of full fine-tuning. Where there is a glibc, ask it to keep them. Other systems are left as they are."""
     try:
         mallopt = ctypes.CDLL('libc.so.6').mallopt
     except (OSError, AttributeError):
         return
-    mallopt(-3, 32 << 20)                                           # M_MMAP_THRESHOLD, bytes: blocks below it come from the heap; 32 MB is
-                                                                    # the most glibc takes, and larger ones would tear holes into the heap
+    mallopt(-4, 0)                                                  # M_MMAP_MAX: no block is a mapping of its own, which free() would give back
     mallopt(-1, (1 << 31) - 1)                                      # M_TRIM_THRESHOLD, bytes: free memory the heap may keep
 
 
@@ -701,9 +724,11 @@ def place(model, device, dtype, pack=True):
     keep = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()} | {model.prompt}
     if device.type == 'cuda' and dtype != torch.float32:
         torch.set_float32_matmul_precision('high')                  # TF32 for what autocast leaves in float32
+    pack = pack and Packed.possible(device, dtype)
+    model.packs = pack and not model.wte.weight.requires_grad
     for m in model.modules():
         if isinstance(m, Conv1D):
-            m.packs = pack and Packed.possible(device, dtype) and not m.weight.requires_grad and not m.bias.requires_grad
+            m.packs = pack and not m.weight.requires_grad and not m.bias.requires_grad
             keep |= {m.weight, m.bias} if m.packs else set()
     for name, p in model.named_parameters():
         if dtype != torch.float32 and not p.requires_grad and p not in keep:
@@ -742,7 +767,7 @@ def in_batches(fn, model, tokens, max_length, truncate, device, dtype, batch_tok
     """fn(ids (B, T), lengths (B,), index (B,)) -> (B, K) on every text of `tokens` (data.Tokens) -> (N, K) float32 numpy in their order.
     Texts are run longest first (an out-of-memory comes at once, and neighbours have nearly the same length: hardly any padding), as many
     at a time as fit `batch_tokens` padded tokens, each `copies` times. The model is in evaluation mode meanwhile."""
-    batch_tokens = batch_tokens or (512 if device.type == 'cpu' else 65536)    # a CPU's cache; what fills a GPU
+    batch_tokens = batch_tokens or (512 * min(copies, 3) if device.type == 'cpu' else 65536)       # a CPU's cache; what fills a GPU
     lengths = np.minimum(tokens.lengths, max_length)
     whole = np.argsort(-lengths, kind='stable')
     order = whole[rank()::ranks()]                                  # this process's texts

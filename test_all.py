@@ -1586,6 +1586,92 @@ def test_packing_trains_the_same():
     assert 0 < packed < 1.5 * plain < 0.1, (plain, packed)
 
 
+def frozen_example(method, dtype=torch.float32, **options):
+    """-> (model, data.Tokens of 40 texts, what FrozenStates and class_logits are called with besides)"""
+    torch.manual_seed(0)
+    model = formula_model()
+    lora.adapt(model, method, **options)
+    gpt.place(model, torch.device('cpu'), dtype)
+    texts = [f'{i} {"word " * (i % 9)}' for i in range(40)]
+    return model, data.tokenize(data.tokenizer('bytes'), texts, cache=False), (30, 'head', torch.device('cpu'), dtype)
+
+
+def test_frozen_states_are_what_the_blocks_give():
+    """Logits and gradients from the states that were kept equal those of the whole model, for every method that freezes the first blocks; the
+    rows may come in any order and more than once; the next run finds the file and does not compute."""
+    L = SMALL.n_layer
+    for method, options, depth in (('head', {}, L), ('last', dict(last=1), L - 1), ('lora', dict(top=1), L - 1)):
+        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+            with fresh_cache():
+                model, tokens, how = frozen_example(method, dtype, **options)
+                assert model.frozen_depth() == depth
+                states = gpt.FrozenStates(model, tokens, *how)
+                want = torch.from_numpy(gpt.class_logits(model, tokens, *how))
+                assert far(torch.from_numpy(gpt.class_logits(model, tokens, *how, states=states)), want) < limit, (method, dtype)
+                index, grads = np.array([31, 2, 2, 17]), []
+                ids, n = data.collate(tokens, index, 30, 'head', 256)
+                for given in (None, states(index)):
+                    model.zero_grad()
+                    with gpt.autocast(torch.device('cpu'), dtype):
+                        model(ids, n, states=given).float().logsumexp(1).sum().backward()
+                    grads.append(torch.cat([p.grad.flatten() for p in lora.trainables(model).values() if p.grad is not None]))
+                assert far(*grads) < limit * float(grads[0].abs().max()) + 1e-6 and grads[0].abs().max() > 0
+                before, model.trunk = states(index), None           # computing again would fail
+                assert torch.equal(gpt.FrozenStates(model, tokens, *how)(index), before) and before.dtype == torch.float32
+
+
+def test_frozen_depth():
+    """Nothing is kept where the first block, the embeddings or a prompt train, or GPT-2's own dropout is on."""
+    for method, options in dict(METHODS, full={}, adapter={}).items():
+        assert (frozen_example(method, **options)[0].frozen_depth() > 0) == (method in ('head', 'last')), method
+    model = frozen_example('head')[0]
+    model.set_dropout(0.1)
+    assert model.frozen_depth() == 0
+
+
+def test_frozen_states_are_named_after_what_they_come_from():
+    """Another weight, text, length, side, depth or precision is another file; what trains is not looked at."""
+    with fresh_cache():
+        model, tokens, how = frozen_example('last', last=1)
+
+        def name(model=model, tokens=tokens, how=how):
+            gpt.FrozenStates(model, tokens, *how)
+            return sorted(os.listdir(data.cached('frozen')))
+        first = name()
+        with torch.no_grad():
+            model.score.weight.add_(1), model.h[-1].mlp.c_fc.weight.add_(1)
+        assert name() == first and len(first) == 1
+        for n, (what, change) in enumerate([('max_length', dict(how=(29, *how[1:]))), ('side', dict(how=(30, 'tail', *how[2:]))),
+                                            ('text', dict(tokens=data.Tokens(tokens.flat[::-1].copy(), tokens.starts))),
+                                            ('depth', dict(model=frozen_example('head')[0]))]):
+            assert len(name(**change)) == n + 2, what
+        with torch.no_grad():
+            model.h[0].mlp.c_proj.bias[3] += 1e-3
+        assert len(name()) == 6
+        half, tokens, how = frozen_example('last', torch.bfloat16, last=1)
+        assert len(name(half, tokens, how)) == 7
+
+
+def test_frozen_states_are_limited():
+    """Of the cache the files used longest ago go; without room on the disk training computes the blocks again, and says so."""
+    with fresh_cache():
+        for i, name in enumerate('abc'):
+            os.utime(write(os.path.join('frozen', f'{name}.bin'), b'x' * 100, (os.makedirs(data.cached('frozen'), exist_ok=True), data.cache_dir())[1]), (i, i))
+        with patched(gpt, 'FROZEN_BYTES', 350):
+            gpt.make_room(data.cached('frozen'), 100)
+        assert sorted(os.listdir(data.cached('frozen'))) == ['b.bin', 'c.bin']
+        raises(UserError, gpt.make_room, data.cached('frozen'), 2**60, match='no room')
+    flags = [*TINY[:-1], '--max_samples', '50', '--dtype', 'fp32', '--head', '--epochs', '2', '--lr', '1e-2']
+    with fresh_cache(), patched(gpt.shutil, 'disk_usage', lambda path: SimpleNamespace(free=0)):
+        out, text = train(*flags)
+        assert 'again in every epoch' in text and not os.listdir(data.cached('frozen'))
+    with fresh_cache():
+        kept, text = train(*flags)
+        assert 'again' not in text and len(os.listdir(data.cached('frozen'))) == 2           # of the training and the validation rows
+        a, b = ([r['loss'] for r in records(folder) if 'loss' in r] for folder in (out, kept))
+        assert len(a) > 1 and np.allclose(a, b, atol=1e-5), (a, b)
+
+
 def test_optimizer_groups():
     model = GPT(SMALL, 2).init_weights()
     names = {p: n for n, p in model.named_parameters()}
@@ -1802,8 +1888,8 @@ def test_frozen_weights_stay_bitwise():
     for dtype in ('fp32', 'bf16'):
         for method in METHODS:
             seen = {}
-            def catch(model, device, dtype, real=gpt.place):
-                model = real(model, device, dtype)
+            def catch(model, device, dtype, real=gpt.place, **k):
+                model = real(model, device, dtype, **k)
                 seen.update(model=model, before={n: p.detach().clone() for n, p in model.named_parameters()})
                 return model
             with patched(gpt, 'place', catch), patched(lora, 'open_run', stop_here):
@@ -2640,37 +2726,37 @@ def test_gen_chunks_of_the_vocabulary():
     h, target, weights = torch.randn(M, C), torch.randint(V, (M,)), torch.randn(M)
     for trains in (False, True):
         results = []
-        for rows in (None, 4, 1000, 0.1):
+        for rows, columns in ((None, None), (4, 100), (1000, 1000), (23, 64), (5, 257), (1, 1)):
             model = GPT(gpt.Config(1, 2, C, 8, V)).init_weights().requires_grad_(trains)
             torch.manual_seed(1)
             model.wte.weight.data.normal_()
             x = h.clone().requires_grad_()
-            with patched(gpt, 'LOGITS', int(V * (rows or 1))), Largest() as seen:
+            with patched(gpt, 'ROWS', rows), patched(gpt, 'COLUMNS', columns), Largest() as seen:
                 out = model.next_logprobs(x, target) if rows else (x @ model.wte.weight.t()).log_softmax(1)[torch.arange(M), target]
                 (out * weights).sum().backward()
             results.append([out.detach(), x.grad] + [model.wte.weight.grad] * trains)
-            assert (seen.n >= M * V) == (rows in (None, 1000)), (rows, seen.n)
+            assert (seen.n >= M * V) == (rows in (None, 1000)) or trains and rows == 23, (rows, seen.n)      # (V, C) is as large there
             assert model.wte.weight.grad is None or trains
         for other in results[1:]:
             assert all(float((a - b).abs().max()) < 1e-5 * max(1, float(b.abs().max())) for a, b in zip(other, results[0])), trains
     W = torch.randn(V, C, requires_grad=True)                           # only the vocabulary trains
     torch.nn.functional.log_softmax(h @ W.t(), 1)[torch.arange(M), target].sum().backward()
     want, W.grad = W.grad, None
-    with patched(gpt, 'LOGITS', 4 * V):
+    with patched(gpt, 'ROWS', 4), patched(gpt, 'COLUMNS', 60):
         gpt.NextLogprobs.apply(h, W, target).sum().backward()
     assert float((W.grad - want).abs().max()) < 1e-4
 
 
-def test_gen_bfloat16_of_the_vocabulary():
+def test_gen_bfloat16_of_the_vocabulary(packed=False):
     """In bfloat16 log p is as exact as rounded factors allow, though all logits lie near -100, where bfloat16 is 0.5 apart; gradients too."""
     torch.manual_seed(0)
     M, V, C = 400, 257, 64
     h, W = torch.randn(M, C), 0.4 * torch.randn(V, C)
     h[:, 0], W[:, 0] = 10.0, -10.0                                      # the offset that GPT-2's logits have in common
     target = torch.cat(((h @ W.t()).argmax(1)[:M // 2], torch.randint(V, (M // 2,))))   # likely tokens, then any
-    for trains in (False, True):
+    for trains in (False, True)[:2 - packed]:
         x, w = h.bfloat16().requires_grad_(), W.bfloat16().requires_grad_(trains)
-        out = gpt.NextLogprobs.apply(x, w, target)
+        out = gpt.NextLogprobs.apply(x, w, target, gpt.packed_vocabulary(w) if packed else None)
         out.sum().backward()
         exact_x, exact_w = (t.detach().double().requires_grad_() for t in (x, w))
         exact = (exact_x @ exact_w.t()).log_softmax(1)[torch.arange(M), target]
@@ -2682,13 +2768,31 @@ def test_gen_bfloat16_of_the_vocabulary():
             assert float((a - b).norm() / b.norm()) < 0.01, trains
 
 
+def test_gen_packed_vocabulary():
+    needs_packing()
+    for columns in (4096, 100):
+        with patched(gpt, 'COLUMNS', columns), patched(gpt, 'ROWS', 150):
+            test_gen_bfloat16_of_the_vocabulary(packed=True)
+
+
+def test_gen_logits_of_any_size():
+    """Logits 500 apart overflow nothing: the sums are taken from the largest so far."""
+    h = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    W = torch.tensor([[0.0, 3.0], [500.0, -500.0], [-500.0, 0.0], [499.0, 0.0]])
+    target = torch.tensor([0, 1])
+    want = torch.log_softmax(h @ W.t(), 1)[torch.arange(2), target]
+    for columns in (1, 2, 4):
+        with patched(gpt, 'COLUMNS', columns):
+            assert torch.allclose(gpt.NextLogprobs.apply(h, W, target), want, rtol=1e-6), columns
+
+
 def test_gen_memory():
     """Scoring texts over GPT-2's vocabulary never holds more logits than it is allowed, let alone all of them."""
     model = GPT(gpt.Config(1, 2, 64, 256)).init_weights(torch.Generator().manual_seed(0))
     ids = torch.randint(50256, (16, 200))
     with torch.no_grad(), Largest() as seen:
         model.logprob(ids, torch.full((16,), 200), torch.ones(16, dtype=torch.bool))
-    assert seen.n <= gpt.LOGITS < 16 * 201 * 50257 / 4, seen.n
+    assert seen.n <= max(gpt.ROWS * gpt.COLUMNS, 50264 * 64) < 16 * 201 * 50257 / 4, seen.n
 
 
 def test_gen_stacked_classes_equal_separate_models():
@@ -3435,15 +3539,14 @@ def test_gen_zero_shot_over_another_base():
 
 def test_gen_frozen_base_stays_bitwise():
     for dtype in ('fp32', 'bf16'):
-        seen = []
+        seen, base = [], over_base()[:-1]                               # the base is made here, if no test has made it
 
-        def catch(model, device, dtype, real=gpt.place):
-            model = real(model, device, dtype)
+        def catch(model, device, dtype, real=gpt.place, **k):
+            model = real(model, device, dtype, **k)
             seen.append((model, {n: p.detach().clone() for n, p in model.named_parameters()}))
             return model
         with patched(gpt, 'place', catch), patched(lora, 'open_run', stop_here):
-            argv = [*over_base()[:-1], dtype, *QUICKLY, '--posterior_steps', '3']
-            raises(Stop, generate, *argv)
+            raises(Stop, generate, *base, dtype, *QUICKLY, '--posterior_steps', '3')
         assert len(seen) == 3
         for model, before in seen:
             assert {n.rpartition('.')[2] for n in lora.trainables(model)} == {'A', 'B'}
@@ -3469,7 +3572,7 @@ def test_gen_accumulation_equals_the_big_batch():
 def test_gen_best_on_validation_is_saved():
     """With a rate that destroys a class after its step 4, the adapter that is kept is one of before; its numbers stand in class.json."""
     with patched(gpt, 'lr_at', lambda step, *a: 1e-2 if step < 4 else 3.0):
-        out, _ = generate(*over_base('--max_steps', '12', '--batch_size', '8', '--eval_every', '2'))
+        out, _ = generate(*over_base('--max_steps', '24', '--batch_size', '8', '--eval_every', '2'))
     for label in ('animals', 'numbers'):
         log = [r for r in records(out) if r['class'] == label and 'val_loss' in r]
         start = min(r['step'] for r in log) - 2
@@ -4743,9 +4846,9 @@ def our_curve(kind, method, rows, base, rate, steps, batch_size, max_length):
     """The script itself -> its loss and its rate in every step, what trains as it began, the file of what it became."""
     begun = {}
 
-    def catch(model, *where, real=gpt.place):
+    def catch(model, *where, real=gpt.place, **k):
         begun.update({} if begun else {n: p.detach().clone() for n, p in lora.trainables(model).items()})
-        return real(model, *where)
+        return real(model, *where, **k)
     argv = ['--data', rows, '--model', base, f'--{method}', '--lr', rate, '--max_length', max_length, '--batch_size', batch_size, '--seed', '7',
             '--weight_decay', '0.1', '--warmup', '0.2', '--device', 'cpu', '--dtype', 'fp32', '--log_every', '1', '--eval_every', 10 * steps]
     argv += ['--dropout', '0'] if method == 'lora' else []
@@ -4978,7 +5081,7 @@ def test_bench_takes_turns():
     except ImportError:
         skip('transformers or peft is not installed')
     transformers.logging.set_verbosity_error()
-    names = ['nanocls', 'Hugging Face default', 'Hugging Face best']
+    names = ['nanocls', *(f'Hugging Face {peer}' for peer in bench.PEERS)]
     with little_bench():
         for task, *flags in (['lora'], ['full'], ['last'], ['head'], ['eval', '--rows', '20'], ['predict', '--rows', '20'], ['gen', '--rows', '6'],
                              ['startup']):
@@ -4986,7 +5089,7 @@ def test_bench_takes_turns():
             text, found = bench_of(task, *flags, '--against', 'hf')
             rows = found['rows']
             assert [name for name in rows if name != 'import torch, numpy'] == names, (task, list(rows))
-            for peer in ('default', 'best'):
+            for peer in bench.PEERS:
                 mine, row = rows['nanocls'], rows[f'Hugging Face {peer}']
                 ratio = row['seconds'] / mine['seconds'] if task == 'startup' else mine['examples_per_s'] / row['examples_per_s']
                 assert found['ratio'][peer] == ratio and f'against {peer}: {ratio:.2f} times as fast' in text, (task, text)
@@ -5012,11 +5115,11 @@ def test_bench_peers_batches():
         rows = ''.join(f'{"fine " * (1 + 37 * i % 40)}film {i}\t{i % 2}\n' for i in range(240))
         write(os.path.join('sst2', 'train.tsv'), rows, os.environ['NANOCLS_DATA'])
         found = bench_of('head', '--steps', '20', '--dtype', 'fp32', '--against', 'hf', '--batch_size', '4')[1]['rows']
-        assert seen == [('random', False, 0.1, 4), ('group_by_length', False, 0.0, 4)], seen
+        assert seen == [('random', False, 0.1, 4), ('random', False, 0.1, 4), ('group_by_length', False, 0.0, 4)], seen
         default, best = (found[f'Hugging Face {peer}']['pad_share'] for peer in ('default', 'best'))
         assert default > 0.25 > 2 * best, (default, best)
     args = SimpleNamespace(hf_dtype=None, dtype='bf16')
-    assert [bench.precision(args, peer) for peer in ('default', 'best')] == ['fp32', 'bf16']
+    assert [bench.precision(args, peer) for peer in bench.PEERS] == ['fp32', 'bf16', 'bf16']
     assert bench.precision(SimpleNamespace(hf_dtype='bf16', dtype='fp32'), 'default') == 'bf16'
 
 

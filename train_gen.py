@@ -414,7 +414,7 @@ def main(argv=None):
                 lora.add_prompt(model, 1, classes=k)
                 model.prompt.data = torch.stack([model.wte.weight.detach()[enc.encode_ordinary(one)].mean(0, keepdim=True) for one in labels])
         model.set_dropout(args.trunk_dropout)
-        gpt.place(model, device, dtype)
+        gpt.place(model, device, dtype, pack=not args.compile)
         if args.compile:
             for block in model.h:                                   # one graph for all blocks
                 block.compile(dynamic=True)
