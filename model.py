@@ -58,9 +58,10 @@ class Packed:
     """A frozen matrix W (in, out), with bias (out,), in bfloat16 and in the blocks that oneDNN's kernels read, as torch.compile packs the weights
     of an inference graph; a product from rows makes those blocks anew each time, a fifth of its time. `product` is x W + b, differentiable in x."""
 
-    def __init__(self, W, bias=None):
-        self.W, self.bias = W, bias if bias is None else bias.detach().to(torch.bfloat16)
-        self.there, self.back = self.pack(W.t()), None              # back, of the gradient, is packed when one is asked for
+    def __init__(self, W, bias=None, keep=True):
+        """keep: W, to pack it for the gradient, too, when one is asked for."""
+        self.W, self.bias = W if keep else None, bias if bias is None else bias.detach().to(torch.bfloat16)
+        self.there, self.back = self.pack(W.t()), None
 
     @staticmethod
     def possible(device, dtype):
@@ -216,7 +217,7 @@ class NextLogprobs(torch.autograd.Function):
                 total = total * shrink + e.sum(1, keepdim=True)
                 if now:
                     e = e.to(h.dtype)
-                    mean = mean.mul_(shrink).add_(e @ W[columns] if packed is None else packed[columns.start // COLUMNS].gradient(e)[:, :W.shape[1]])
+                    mean = mean.mul_(shrink).add_(e @ W[columns])
             out[piece] = (rest - top - total.log()).squeeze(1)
             if now:
                 grad[piece] = W[target[piece]] - mean / total
@@ -262,10 +263,15 @@ class NextLogprobs(torch.autograd.Function):
         return dh, dW.to(W.dtype), None, None
 
 
+class Head(nn.Linear):
+    def reset_parameters(self):
+        """No weights of its own, as wte and wpe."""
+
+
 def packed_vocabulary(W):
     """wte (V, C) -> what NextLogprobs takes as packed: COLUMNS of W^T each, ones below, by which the shift enters the product, and zeros."""
     W = torch.cat((W.detach().t(), W.new_ones(1, len(W)), W.new_zeros(SPARE - 1, len(W))))
-    return [Packed(W[:, at:at + COLUMNS]) for at in range(0, W.shape[1], COLUMNS)]
+    return [Packed(W[:, at:at + COLUMNS], keep=False) for at in range(0, W.shape[1], COLUMNS)]
 
 
 class GPT(nn.Module):
@@ -275,13 +281,13 @@ class GPT(nn.Module):
     def __init__(self, cfg, num_labels=0):
         super().__init__()
         self.cfg = cfg
-        self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
-        self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
+        # Without weights of their own: those are drawn by code that, on the meta device, makes torch import a second's worth of its compiler.
+        self.wte, self.wpe = (nn.Embedding(n, cfg.n_embd, _weight=torch.empty(n, cfg.n_embd)) for n in (cfg.vocab_size, cfg.block_size))
         self.drop = nn.Dropout(0.0)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd, eps=1e-5)
         if num_labels:
-            self.score = nn.Linear(cfg.n_embd, num_labels, bias=False)
+            self.score = Head(cfg.n_embd, num_labels, bias=False)
         self.register_parameter('prompt', None)                     # (N, C) learned vectors in front of every text: lora.add_prompt
         self.classes = 0                                            # K: every text is read K times, by the K slices of prompt or LoRA
         self.split = 0                                              # the first block where the K readings differ; they share those below it
