@@ -643,7 +643,8 @@ def main(argv=None):
                   matmul_gflops=rate, rows=rows, ratio={}, memory_ratio={})
     for peer in peers:                                              # how many times as fast, and as much memory
         theirs_, mine = rows[names[peer]], rows['nanocls']
-        result['ratio'][peer] = mine['examples_per_s'] / theirs_['examples_per_s'] if 'seconds' not in mine else theirs_['seconds'] / mine['seconds']
+        # of tokens, since in training the sides meet other texts of the same set
+        result['ratio'][peer] = mine['tokens_per_s'] / theirs_['tokens_per_s'] if 'seconds' not in mine else theirs_['seconds'] / mine['seconds']
         print(f'against {peer}: {result["ratio"][peer]:.2f} times as fast', end='\n' if 'seconds' in mine else '')
         if 'seconds' not in mine:
             result['memory_ratio'][peer] = mine['memory_mib'] / theirs_['memory_mib']

@@ -952,7 +952,10 @@ def collate(tokens, index, max_length, truncate, pad_id, device="cpu"):
     ids = np.full((len(rows), lengths.max()), pad_id, np.int64)
     for i, r in enumerate(rows):
         ids[i, :len(r)] = r
-    return torch.from_numpy(ids).to(device), torch.from_numpy(lengths).to(device)
+    batch = torch.from_numpy(ids), torch.from_numpy(lengths)
+    if str(device).startswith("cuda"):  # from pinned memory a copy does not wait for what the GPU still computes
+        return tuple(t.pin_memory().to(device, non_blocking=True) for t in batch)
+    return tuple(t.to(device) for t in batch)
 
 # --- python data.py NAME ----------------------------------------------------------------------------------------------
 

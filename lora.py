@@ -90,7 +90,7 @@ class PackedLoRA(torch.autograd.Function):
     def backward(ctx, g):
         kept, a, A, B = ctx.saved_tensors
         da, dx = g @ B, None
-        dA, dB = (da.transpose(-2, -1) @ kept).float() * ctx.scale, (g.transpose(-2, -1) @ a).float()
+        dA, dB = (da.transpose(-2, -1) @ kept).float() * ctx.scale, (a.transpose(-2, -1) @ g).transpose(-2, -1).float()
         if ctx.needs_input_grad[0]:
             dx, through = ctx.packed.gradient(g), da @ A
             dx += through if ctx.at is None else through.view(-1).index_fill_(0, ctx.at, 0).view(kept.shape)
@@ -135,6 +135,7 @@ class LoRA(nn.Module):
             W = self.base.weight.detach()
             W = torch.cat((W, self.B.transpose(1, 2).flatten(0, 1))) if k else W + self.delta()          # (in + K r, out)
             self.folded = gpt.Packed(W, self.base.bias, keep=False)
+            gpt.unload(self.base.weight)
         if k and self.down is None:
             self.down = (self.A * self.scale).reshape(-1, n_in).t().to(torch.bfloat16)                   # (in, K r)
             self.own = torch.eye(k, dtype=torch.bfloat16).repeat_interleave(r, 1)[:, None]             # (K, 1, K r): which of them are a class's

@@ -62,6 +62,7 @@ class Packed:
         """keep: W, to pack it for the gradient, too, when one is asked for."""
         self.W, self.bias = W if keep else None, bias if bias is None else bias.detach().to(torch.bfloat16)
         self.there, self.back = self.pack(W.t()), None
+        unload(W)
 
     @staticmethod
     def possible(device, dtype):
@@ -87,6 +88,7 @@ class Packed:
         """Gradient of the product (..., out) -> of x (..., in)."""
         if self.back is None:
             self.back = self.pack(self.W)
+            unload(self.W)
         return torch.ops.mkldnn._linear_pointwise(g, self.back, None, 'none', [], '')
 
 
@@ -230,8 +232,9 @@ class NextLogprobs(torch.autograd.Function):
         """Yields slice, h there (m, C), shift (m, 1), and what shift lacks to the target's logit (m, 1) float32.
         GPT-2's logits lie near -100, where a product in bfloat16 comes out 0.5 apart. Softmax does not see a shift: with the target's logit
         subtracted within the product, before it is rounded, the target's error is none and another token's at most 1/256 of its distance."""
-        for at in range(0, len(h), ROWS):
-            piece = slice(at, at + ROWS)
+        rows = ROWS * (1 if h.device.type == 'cpu' else 8)          # a GPU is given more at a time
+        for at in range(0, len(h), rows):
+            piece = slice(at, at + rows)
             exact = (h[piece].float() * W[target[piece]].float()).sum(1, keepdim=True)
             shift = exact.to(h.dtype)
             yield piece, h[piece], shift, exact - shift.float()
@@ -239,8 +242,9 @@ class NextLogprobs(torch.autograd.Function):
     @staticmethod
     def logits(h, W, shift, packed):
         """Yields slice of the vocabulary, h W^T - shift there in float32."""
-        for at in range(0, len(W), COLUMNS):
-            columns = slice(at, at + COLUMNS)
+        size = COLUMNS * (1 if h.device.type == 'cpu' else 4)
+        for at in range(0, len(W), size):
+            columns = slice(at, at + size)
             if packed is None:
                 x = torch.addmm(-shift, h, W[columns].t())
             else:
@@ -485,6 +489,7 @@ def load_safetensors(path):
     if not isinstance(header, dict):
         raise broken('its header is no object')
     header.pop('__metadata__', None)
+    MAPPED.append((torch.frombuffer(raw, dtype=torch.uint8).data_ptr(), size))
     tensors, spans = {}, []
     for name, info in header.items():
         try:
@@ -507,6 +512,21 @@ def load_safetensors(path):
     if any(a[1] != b[0] for a, b in zip([(0, 0)] + spans, spans + [(size - 8 - n, 0)])):
         raise broken('its tensors overlap or leave holes')
     return tensors
+
+
+MAPPED = []             # (address, bytes) of the files that load_safetensors has mapped
+
+
+def unload(t):
+    """Give back the memory of a tensor that is mapped from a file and not needed for now: Linux reads the file again if it is. Changed values stay
+    (MADV_PAGEOUT, not MADV_DONTNEED). Elsewhere, and for other tensors, nothing happens."""
+    start, end = t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()
+    if sys.platform != 'linux' or not any(at <= start and end <= at + size for at, size in MAPPED):
+        return
+    page = mmap.PAGESIZE
+    start, end = -(-start // page) * page, end // page * page
+    if start < end:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 21)
 
 
 def save_safetensors(path, tensors):
@@ -740,6 +760,7 @@ def place(model, device, dtype, pack=True):
         if dtype != torch.float32 and not p.requires_grad and p not in keep:
             model.masters[name] = p.data
             p.data = p.data.to(device, dtype)
+            unload(model.masters[name])
         else:
             p.data = p.data.to(device)
     return model
