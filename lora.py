@@ -80,7 +80,7 @@ class PackedLoRA(torch.autograd.Function):
     def forward(ctx, x, A, B, packed, scale, p):
         ctx.packed, ctx.scale, ctx.at = packed, scale / (1 - p), dropped(x.numel(), p) if p else None
         A, B = (A * ctx.scale).to(x.dtype), B.to(x.dtype)
-        kept = x.clone().view(-1).index_fill_(0, ctx.at, 0).view(x.shape) if p else x
+        kept = x.reshape(-1).clone().index_fill_(0, ctx.at, 0).view(x.shape) if p else x
         a = kept @ A.transpose(-2, -1)
         ctx.save_for_backward(kept, a, A, B)
         y = packed.raw(x)
@@ -152,7 +152,7 @@ class LoRA(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))       # rounded once, before the mask
         p, axis = self.p if self.training else 0.0, self.A.shape[:-2]                   # axis: (), or (K,): x is K slices of B T rows
         if getattr(self.base, 'packs', False):
-            y = PackedLoRA.apply(x.reshape(*axis, -1, x.shape[-1]), self.A, self.B, self.base.pack(), self.scale, p)
+            y = PackedLoRA.apply(x.to(torch.bfloat16).reshape(*axis, -1, x.shape[-1]), self.A, self.B, self.base.pack(), self.scale, p)
             return y.view(*x.shape[:-1], -1)
         y = self.base(x)
         x = x.to(y.dtype)
@@ -292,7 +292,8 @@ def describe(model, wrapped):
 
 def merged_state(model, at=None):
     """{name: float32 tensor} of the plain GPT-2 with every LoRA product added to its float32 base weight. at: which class's, of a model with
-    classes. An explicit verb: training and evaluation never merge. Adapters and prompt vectors have no merged form: UserError."""
+    classes. An explicit verb: training and evaluation never change a weight (LoRA.fold adds to a packed copy). Adapters and prompt vectors
+    have no merged form: UserError."""
     if model.prompt is not None or any(isinstance(m, Adapter) for m in model.modules()):
         raise UserError('adapters and prompt vectors are extra computation and cannot be merged into GPT-2; only --lora can')
     state = model.float32_state()

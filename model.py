@@ -66,6 +66,7 @@ class Packed:
 
     @staticmethod
     def possible(device, dtype):
+        """Can this torch pack, and does it pay on this processor?"""
         ops = torch.ops.mkldnn
         return (device.type == 'cpu' and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available() and cpu_has_bf16()
                 and hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise'))
@@ -78,7 +79,6 @@ class Packed:
         """x (..., in) -> (..., out) bfloat16; gelu: GELU of it (tanh form), applied before it is rounded. That form has no gradient."""
         assert not (gelu and torch.is_grad_enabled() and x.requires_grad), 'the gradient of GELU needs what went into it'
         return PackedProduct.apply(x.to(torch.bfloat16), self, gelu)
-
 
     def raw(self, x, gelu=False):
         """The product of bfloat16 x, which autograd does not see."""
@@ -139,11 +139,9 @@ class Conv1D(nn.Module):
         return self.packed
 
     def forward(self, x, gelu=False):                               # (..., in) -> (..., out); gelu: GELU of it
-        if self.packs:
-            self.pack()
-        if self.packed is not None and not (gelu and torch.is_grad_enabled() and x.requires_grad):
-            return self.packed.product(x, gelu)
-        y = F.linear(x, self.weight.t(), self.bias) if self.packed is None else self.packed.product(x)
+        if self.packs and gelu and not (torch.is_grad_enabled() and x.requires_grad):
+            return self.pack().product(x, gelu=True)
+        y = self.pack().product(x) if self.packs else F.linear(x, self.weight.t(), self.bias)
         return gelu_of(y, self.packs) if gelu else y
 
 
@@ -870,6 +868,7 @@ class FrozenStates:
         for name, p in model.named_parameters():
             if name.startswith('w') or name.startswith('h.') and int(name.split('.')[1]) < settings[-2]:
                 h.update(model.masters.get(name, p).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                unload(model.masters.get(name, p))
         h.update(tokens.flat)
         h.update(tokens.starts)
         return h.hexdigest()[:32]

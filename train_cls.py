@@ -187,12 +187,6 @@ def main(argv=None):
     def keep(step, best):
         gpt.save_resume(args.out, args, step, best, params, opt, scaler)
 
-    frozen = dict(train=None, val=None)
-    if max_steps > epoch_steps and model.frozen_depth() and gpt.ranks() == 1:       # what does not train is computed once, for all epochs
-        try:
-            frozen = {name: gpt.FrozenStates(model, t, args.max_length, args.truncate, device, dtype) for name, t in dict(train=train, val=val).items()}
-        except UserError as e:
-            print(f'  the blocks that do not train are computed again in every epoch: {e}')
     params, net = lora.trainables(model), gpt.wrap(model)
     opt = gpt.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -200,6 +194,15 @@ def main(argv=None):
     log = gpt.Log(args.out, max_steps, resumed_at=step)
     if not saved:
         keep(0, None)                                               # from here on --resume goes on
+
+    frozen, depth = dict(train=None, val=None), model.frozen_depth()
+    if max_steps > epoch_steps and depth and gpt.ranks() == 1:
+        print(f'the first {depth} blocks do not train: what comes out of them is computed once for all epochs', flush=True)
+        try:
+            frozen = {name: gpt.FrozenStates(model, tokens, args.max_length, args.truncate, device, dtype)
+                      for name, tokens in dict(train=train, val=val).items()}
+        except UserError as e:
+            print(f'  or again in every epoch: {e}')
 
     # --- loop ---
     model.train()

@@ -275,8 +275,10 @@ def main(argv=None):
     # --- data and base model; a first run that can have neither falls back to the demo ---
     def base_model():
         kept = os.path.join(args.out or '', 'base')                 # a random or small base lies in the run
-        if args.method == 'lora' and args.out and os.path.isdir(kept):
-            return GPT.load(kept)
+        if args.method == 'lora' and args.out and os.path.isdir(args.out):
+            with data.locked(args.out):                             # another class's process may be writing it
+                if os.path.isdir(kept):
+                    return GPT.load(kept)
         return gpt.build_model(args)
 
     def get():
@@ -355,9 +357,13 @@ def main(argv=None):
         lora.adapt(GPT(model.cfg), args.method, 0, args.r, args.alpha, args.dropout, args.targets, top=args.top)
     data.make_folder(args.out)
     model.requires_grad_(False)                                     # base_info writes what stays frozen
+
+    def base_info():
+        with data.locked(args.out):
+            return lora.base_info(args, args.out, model)
     if 'base' not in old:
         info = dict(kind='lm' if args.pretrain else 'gen', method=args.method, model=args.model, data=args.data, seed=args.seed,
-                    labels=[] if args.pretrain else labels, base=gpt.from_rank_zero(lambda: lora.base_info(args, args.out, model)), folders=folders)
+                    labels=[] if args.pretrain else labels, base=gpt.from_rank_zero(base_info), folders=folders)
     else:
         info = {**old, 'labels': labels, 'folders': folders, 'data': args.data}
         if args.method != 'prefix':                                 # whose base changes as it trains
