@@ -112,7 +112,7 @@ class LoRA(nn.Module):
         axis = (classes,) if classes else ()
         self.A = nn.Parameter(torch.empty(*axis, r, n_in).uniform_(-1 / math.sqrt(n_in), 1 / math.sqrt(n_in)))
         self.B = nn.Parameter(torch.zeros(*axis, n_out, r))
-        self.folded = self.down = None
+        self.folded = None
 
     def forward(self, x, gelu=False):                               # (..., in) -> (..., out); gelu: GELU of it
         if self.folds(x, gelu):
@@ -136,9 +136,9 @@ class LoRA(nn.Module):
             W = torch.cat((W, self.B.transpose(1, 2).flatten(0, 1))) if k else W + self.delta()          # (in + K r, out)
             self.folded = gpt.Packed(W, self.base.bias, keep=False)
             gpt.unload(self.base.weight)
-        if k and self.down is None:
-            self.down = (self.A * self.scale).reshape(-1, n_in).t().to(torch.bfloat16)                   # (in, K r)
-            self.own = torch.eye(k, dtype=torch.bfloat16).repeat_interleave(r, 1)[:, None]             # (K, 1, K r): which of them are a class's
+            if k:
+                self.down = (self.A * self.scale).reshape(-1, n_in).t().to(torch.bfloat16)               # (in, K r)
+                self.own = torch.eye(k, dtype=torch.bfloat16).repeat_interleave(r, 1)[:, None]         # (K, 1, K r): which of them are a class's
         if k:
             wide = torch.empty(*x.shape[:-1], n_in + k * r, dtype=torch.bfloat16)
             wide[..., :n_in] = x
