@@ -534,8 +534,7 @@ def curves(args):
         if args.data == 'agnews':
             whole, test = data.load(args.data), os.path.join(tmp, 'test.csv')
             keep = np.sort(np.concatenate([np.flatnonzero(whole.test.y == c)[:250] for c in range(len(whole.labels))]))
-            with open(test, 'w', encoding='utf-8', newline='') as f:
-                csv.writer(f).writerows([('text', 'label')] + [(whole.test.texts[i], whole.labels[whole.test.y[i]]) for i in keep])
+            write_rows(test, [whole.test.texts[i] for i in keep], [whole.labels[whole.test.y[i]] for i in keep])
 
         def train(script, name, *flags):
             """-> accuracy on the test rows"""
