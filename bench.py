@@ -42,7 +42,8 @@ import predict
 import train_cls
 from data import UserError
 
-STEPS = 50              # training steps of a timed block. Trainer sorts the rows of 50 batches by length, longest first: any 50 steps see all lengths
+STEPS = data.WINDOW     # training steps of a timed block: so many batches are sorted by length at a time, and padding is that of a long run. Trainer
+                        # sorts 50 at a time, longest first: any 50 steps see all lengths
 WARM_UP = 10            # steps of Trainer before them; of ours it is the whole first epoch
 EPOCHS = 5              # of a turn of head and last, whose frozen part need not be computed again after the first
 ROWS = dict(eval=1000, gen=48, predict=4000)        # texts, unless --rows says otherwise

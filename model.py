@@ -265,6 +265,36 @@ class NextLogprobs(torch.autograd.Function):
         return dh, dW.to(W.dtype), None, None
 
 
+class Embedding(nn.Embedding):
+    """nn.Embedding without weights of its own: those are drawn by code that, on the meta device, makes torch import a second's worth of its compiler."""
+
+    def __init__(self, n, width):
+        super().__init__(n, width, _weight=torch.empty(n, width))
+        self.register_parameter('rows', None)
+
+    def train_rows_of(self, ids):
+        """From here on only the rows of these ids (n,) train, as the parameter `rows` (u, C): no other ever has a gradient, and AdamW leaves what has
+        none, and is not decayed, as it is. A text has few of the vocabulary's 50,257 rows, which are a third of GPT-2 124M."""
+        self.weight.requires_grad_(False)
+        self.ids = torch.unique(ids).to(self.weight.device)
+        self.place = torch.full((len(self.weight),), -1, device=self.weight.device)
+        self.place[self.ids] = torch.arange(len(self.ids), device=self.weight.device)
+        self.rows = nn.Parameter(self.weight.detach()[self.ids])
+
+    def settle(self):
+        """Put the rows that train into the weight."""
+        if self.rows is not None:
+            self.weight.data[self.ids] = self.rows.detach()
+
+    def train(self, mode=True):
+        if not mode:
+            self.settle()                                           # an evaluation meets other ids
+        return super().train(mode)
+
+    def forward(self, ids):
+        return super().forward(ids) if self.rows is None or not self.training else F.embedding(self.place[ids], self.rows)
+
+
 class Head(nn.Linear):
     def reset_parameters(self):
         """No weights of its own, as wte and wpe."""
@@ -283,8 +313,7 @@ class GPT(nn.Module):
     def __init__(self, cfg, num_labels=0):
         super().__init__()
         self.cfg = cfg
-        # Without weights of their own: those are drawn by code that, on the meta device, makes torch import a second's worth of its compiler.
-        self.wte, self.wpe = (nn.Embedding(n, cfg.n_embd, _weight=torch.empty(n, cfg.n_embd)) for n in (cfg.vocab_size, cfg.block_size))
+        self.wte, self.wpe = (Embedding(n, cfg.n_embd) for n in (cfg.vocab_size, cfg.block_size))
         self.drop = nn.Dropout(0.0)
         self.h = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.ln_f = nn.LayerNorm(cfg.n_embd, eps=1e-5)
@@ -456,7 +485,8 @@ class GPT(nn.Module):
 
     def float32_state(self):
         """{name: float32 CPU tensor} of the plain GPT-2 weights; those that place() rounded come back as they were loaded."""
-        return {n: self.masters[n] if n in self.masters else p.detach().float().cpu() for n, p in self.named_parameters()}
+        self.wte.settle()
+        return {n: self.masters[n] if n in self.masters else p.detach().float().cpu() for n, p in self.named_parameters() if n != 'wte.rows'}
 
 
 # ---------------------------------------------------------------------------------------------------- files of a model

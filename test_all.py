@@ -1717,6 +1717,34 @@ def test_frozen_states_are_limited():
         assert len(a) > 1 and np.allclose(a, b, atol=1e-5), (a, b)
 
 
+def test_embedding_rows():
+    """Training the embedding rows of the ids that occur is training all of them; rows that do not occur stay bitwise; evaluation reads both."""
+    torch.manual_seed(0)
+    start = GPT(SMALL, 2).init_weights()
+    ids, n, y = torch.randint(0, 100, (8, 12)), torch.randint(3, 13, (8,)), torch.arange(8) % 2
+    ids[torch.arange(12) >= n[:, None]] = start.end
+    models = [copy.deepcopy(start) for _ in range(2)]
+    models[1].wte.train_rows_of(torch.cat((ids.flatten(), torch.tensor([start.end]))))
+    for model in models:
+        model.train()
+        opt = gpt.make_optimizer(model, 1e-3, 0.1)
+        for step in range(5):
+            rows = torch.arange(8)[step % 2::2]                     # some rows have no gradient in a step, and move all the same
+            torch.nn.functional.cross_entropy(model(ids[rows], n[rows]), y[rows]).backward()
+            torch.nn.utils.clip_grad_norm_(lora.trainables(model).values(), 1.0)
+            opt.step()
+            opt.zero_grad()
+    dense, few = models
+    assert len(few.wte.rows) == len(ids.unique()) < 100 and 'wte.weight' not in lora.trainables(few)
+    unseen = torch.tensor([i for i in range(257) if i not in ids])
+    other = torch.randint(0, 257, (4, 12))
+    with torch.no_grad():
+        assert far(few.eval()(other, n[:4]), dense.eval()(other, n[:4])) < 1e-5
+    a, b = dense.float32_state(), few.float32_state()
+    assert a.keys() == b.keys() and max(far(a[k], b[k]) for k in a) < 1e-5
+    assert far(b['wte.weight'], start.wte.weight) > 1e-4 and torch.equal(b['wte.weight'][unseen], start.wte.weight[unseen])
+
+
 def test_optimizer_groups():
     model = GPT(SMALL, 2).init_weights()
     names = {p: n for n, p in model.named_parameters()}
@@ -1939,10 +1967,12 @@ def test_frozen_weights_stay_bitwise():
                 return model
             with patched(gpt, 'place', catch), patched(lora, 'open_run', stop_here):
                 raises(Stop, train, *TINY, *FLAGS[method], '--dtype', dtype, '--max_steps', '5')
-            for n, p in seen['model'].named_parameters():
-                moved = not torch.equal(p, seen['before'][n])
-                assert moved == p.requires_grad, (method, dtype, n, moved)
-                assert p.requires_grad or p.grad is None
+            params = dict(seen['model'].named_parameters())
+            assert set(params) - set(seen['before']) == ({'wte.rows'} if method == 'full' else set())
+            for n, before in seen['before'].items():
+                moved, trains = not torch.equal(params[n], before), params[n].requires_grad
+                assert moved == (trains or (method, n) == ('full', 'wte.weight')), (method, dtype, n, moved)        # some of whose rows train
+                assert trains or params[n].grad is None
 
 
 def test_accumulation_equals_the_big_batch():

@@ -129,6 +129,8 @@ def main(argv=None):
                 args=vars(args), parameters=dict(trainable=trained, total=total),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     gpt.place(model, device, dtype, pack=not args.compile)
+    if args.method == 'full':
+        model.wte.train_rows_of(torch.from_numpy(np.append(train.flat, model.end)))
     if args.compile:
         for block in model.h:                                       # one graph for all blocks
             block.compile(dynamic=True)
