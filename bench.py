@@ -46,7 +46,7 @@ STEPS = data.WINDOW     # training steps of a timed block: so many batches are s
                         # sorts 50 at a time, longest first: any 50 steps see all lengths
 WARM_UP = 10            # steps of Trainer before them; of ours it is the whole first epoch
 EPOCHS = 5              # of a turn of head and last, whose frozen part need not be computed again after the first
-ROWS = dict(eval=1000, gen=48, predict=4000)        # texts, unless --rows says otherwise
+ROWS = dict(eval=3000, gen=96, predict=4000)        # texts, unless --rows says otherwise
 CLASSES = 4             # of gen
 METHODS = dict(lora=['--lora', '--r', '8'], full=['--full'], last=['--last', '1'], head=['--head'], adapter=['--adapter'])
 DTYPES = dict(bf16=torch.bfloat16, fp32=torch.float32)
@@ -266,7 +266,7 @@ def ours_train(args, folder):
         with tempfile.TemporaryDirectory() as tmp:
             train_cls.main([*rows_flags(args), '--model', folder, *METHODS[args.task], '--batch_size', str(args.batch_size),
                             '--max_steps', str(steps), '--log_every', str(epoch), '--eval_every', '1000000', '--device', args.device,
-                            '--dtype', args.dtype, '--out', os.path.join(tmp, 'run')])
+                            '--dtype', args.dtype, *args.extra.split(), '--out', os.path.join(tmp, 'run')])
         raise UserError(f'train_cls.py ended without logging step {steps}')
     except Done:
         pass
@@ -591,6 +591,7 @@ def main(argv=None):
     p.add_argument('--seed', type=int, default=1, help='of --task curves: the first seed')
     p.add_argument('--base', metavar='DIR', help='of --task curves: this base model, instead of training one')
     p.add_argument('--top', type=data.positive, metavar='M', help='of --task gen: LoRA in the last M blocks alone')
+    p.add_argument('--extra', default='', metavar='FLAGS', help='of training: more flags of train_cls.py, --extra=--cuda_graphs')
     p.add_argument('--hf_dtype', choices=tuple(DTYPES), help='precision of all peers; without it float32 of default, and --dtype of the others')
     p.add_argument('--json', metavar='FILE', help='write the figures there')
     p.add_argument('--worker', metavar='SIDE', help='(used by bench.py itself: take one turn of this side and print its figures)')

@@ -943,13 +943,14 @@ def batches(lengths, batch_size, seed, epoch):
         out += [window[j:j + batch_size] for j in range(0, len(window), batch_size)]
     return [out[i] for i in rng.permutation(len(out))]
 
-def collate(tokens, index, max_length, truncate, pad_id, device="cpu"):
-    """Rows index (B,) of tokens -> ids (B, T), lengths (B,), both int64; T <= max_length, padded on the right."""
+def collate(tokens, index, max_length, truncate, pad_id, device="cpu", multiple=1):
+    """Rows index (B,) of tokens -> ids (B, T), lengths (B,), both int64, padded on the right; T <= max_length, a multiple of
+    `multiple` if that fits."""
     import torch  # here, so that `python data.py` does not wait for it
     assert truncate in ("head", "tail"), truncate
     rows = [tokens[i][:max_length] if truncate == "head" else tokens[i][-max_length:] for i in index]
     lengths = np.array([len(r) for r in rows], np.int64)
-    ids = np.full((len(rows), lengths.max()), pad_id, np.int64)
+    ids = np.full((len(rows), min(-(-lengths.max() // multiple) * multiple, max_length)), pad_id, np.int64)
     for i, r in enumerate(rows):
         ids[i, :len(r)] = r
     batch = torch.from_numpy(ids), torch.from_numpy(lengths)

@@ -54,16 +54,18 @@ class Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, p):
-        ctx.p, ctx.at = p, dropped(x.numel(), p)
-        return Dropout.masked(ctx, x)
+        at = dropped(x.numel(), p)
+        ctx.p = p
+        ctx.save_for_backward(at)
+        return Dropout.masked(x, p, at)
 
     @staticmethod
     def backward(ctx, g):
-        return Dropout.masked(ctx, g), None
+        return Dropout.masked(g, ctx.p, *ctx.saved_tensors), None
 
     @staticmethod
-    def masked(ctx, x):
-        return (x.reshape(-1) * (1 / (1 - ctx.p))).index_fill_(0, ctx.at, 0).view(x.shape)
+    def masked(x, p, at):
+        return (x.reshape(-1) * (1 / (1 - p))).index_fill_(0, at, 0).view(x.shape)
 
 
 def dropout(x, p):
@@ -78,22 +80,22 @@ class PackedLoRA(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, B, packed, scale, p):
-        ctx.packed, ctx.scale, ctx.at = packed, scale / (1 - p), dropped(x.numel(), p) if p else None
+        ctx.packed, ctx.scale, at = packed, scale / (1 - p), dropped(x.numel(), p) if p else None
         A, B = (A * ctx.scale).to(x.dtype), B.to(x.dtype)
-        kept = x.reshape(-1).clone().index_fill_(0, ctx.at, 0).view(x.shape) if p else x
+        kept = x.reshape(-1).clone().index_fill_(0, at, 0).view(x.shape) if p else x
         a = kept @ A.transpose(-2, -1)
-        ctx.save_for_backward(kept, a, A, B)
+        ctx.save_for_backward(kept, a, A, B, at)
         y = packed.raw(x)
         return y.addmm_(a, B.t()) if y.dim() == 2 else y.baddbmm_(a, B.transpose(-2, -1))
 
     @staticmethod
     def backward(ctx, g):
-        kept, a, A, B = ctx.saved_tensors
+        kept, a, A, B, at = ctx.saved_tensors
         da, dx = g @ B, None
         dA, dB = (da.transpose(-2, -1) @ kept).float() * ctx.scale, (a.transpose(-2, -1) @ g).transpose(-2, -1).float()
         if ctx.needs_input_grad[0]:
             dx, through = ctx.packed.gradient(g), da @ A
-            dx += through if ctx.at is None else through.view(-1).index_fill_(0, ctx.at, 0).view(kept.shape)
+            dx += through if at is None else through.view(-1).index_fill_(0, at, 0).view(kept.shape)
         return dx, dA, dB, None, None, None
 
 

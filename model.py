@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 import data
 from data import UserError
@@ -50,6 +51,7 @@ HUB_NAMES = {name: f'{owner}/{name}' for name, owner in data.WEIGHTS.items()}
 NANO_STEPS = 1600       # of its training; a minute or more on two cores
 FROZEN_BYTES = 8 * 2**30        # of FrozenStates that the cache keeps; SST-2's are 1.3 GB, those of the head alone 0.2 GB
 SPARE = 8               # columns of the product of logits besides the model's: one for the shift, and zeros to a width that kernels like
+GRAPH_WIDTH = 8         # tokens; a batch that is recorded as a CUDA graph is as wide as a multiple of this
 ROWS, COLUMNS = 512, 4096       # positions and tokens whose next-token logits are held at a time: 8 MB in float32
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -266,7 +268,7 @@ class NextLogprobs(torch.autograd.Function):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding without weights of its own: those are drawn by code that, on the meta device, makes torch import a second's worth of its compiler."""
+    """nn.Embedding, but no weights are drawn: code for that, on the meta device, makes torch import a second's worth of its compiler."""
 
     def __init__(self, n, width):
         super().__init__(n, width, _weight=torch.empty(n, width))
@@ -324,6 +326,8 @@ class GPT(nn.Module):
         self.split = 0                                              # the first block where the K readings differ; they share those below it
         self.packs, self.vocabulary = False, None                   # as of Conv1D: the packed wte^T that logits come from
         self.masters = {}                                           # float32 originals of weights that place() stored in half precision
+        self.recomputes = False                                     # gradient checkpointing: blocks keep nothing and run again in the backward pass
+        self.gathers = True                                         # logits of real tokens alone; a GPU would wait until their number is known
 
     @property
     def end(self):
@@ -337,11 +341,13 @@ class GPT(nn.Module):
         upto: stop after so many blocks. states: what came out when that was frozen_depth(), to go on from there."""
         copies = self.classes if of is None else 0
         x = self.embed(ids, of, copies) if states is None else states
+        recomputes = self.recomputes and torch.is_grad_enabled()
         last = None if lengths is None else x.shape[1] - ids.shape[1] + lengths - 1     # (B,) the prompt shifts positions
         for i in range(0 if states is None else self.frozen_depth(), len(self.h) if upto is None else upto):
             if copies and i == self.split > 0:
                 x = x.repeat(copies, 1, 1)
-            x = self.h[i](x, last if i == len(self.h) - 1 else None)
+            more = [last] if i == len(self.h) - 1 else []
+            x = torch.utils.checkpoint.checkpoint(self.h[i], x, *more, use_reentrant=False) if recomputes else self.h[i](x, *more)
         return x
 
     def embed(self, ids, of, copies):
@@ -384,7 +390,7 @@ class GPT(nn.Module):
         <|endoftext|> after it is scored, too. context: ids between the leading <|endoftext|> and the text, a prompt that is not scored.
         first (B,) int64: the first token that is scored, 0 without. of (B,) int64: score each text under that class's prompt alone.
         -> (B, T + 1) float32, or (K, B, T + 1) of a model with K classes: column t is log p(token t | <|endoftext|>, context, tokens before t),
-        column lengths[b] that of the final <|endoftext|>, and 0 stands where nothing is scored. Pads never reach the vocabulary projection."""
+        column lengths[b] that of the final <|endoftext|>, and 0 stands where nothing is scored."""
         B, T = ids.shape
         target = F.pad(ids, (0, 1))                                 # (B, T + 1)
         target[torch.arange(B, device=ids.device), lengths] = self.end
@@ -392,14 +398,17 @@ class GPT(nn.Module):
         scored = column < (lengths + whole)[:, None]
         if first is not None:
             scored &= column >= first[:, None]
-        start = torch.tensor([self.end, *context], device=ids.device).expand(B, -1)
-        x = torch.cat((start, ids), 1)
+        start = [ids.new_full((B, 1), token) for token in (self.end, *context)]
+        x = torch.cat((*start, ids), 1)
         k = self.classes if of is None else 0                       # how often each text is read
         if k:
             target, scored = (t.repeat(k, 1) for t in (target, scored))
         h = self.hidden(x, of)[:, len(context):]                        # (K B, T + 1, C)
-        out = torch.zeros(scored.shape, device=ids.device)
-        out[scored] = self.next_logprobs(h[scored], target[scored])
+        if self.gathers:
+            out = torch.zeros(scored.shape, device=ids.device)
+            out[scored] = self.next_logprobs(h[scored], target[scored])
+        else:
+            out = self.next_logprobs(h.flatten(0, 1), target.flatten()).view(scored.shape).where(scored, 0.0)
         return out.view(k, B, T + 1) if k else out
 
     def next_logprobs(self, h, target):
@@ -778,6 +787,7 @@ def place(model, device, dtype, pack=True):
     keep = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()} | {model.prompt}
     if device.type == 'cuda' and dtype != torch.float32:
         torch.set_float32_matmul_precision('high')                  # TF32 for what autocast leaves in float32
+    model.gathers = device.type != 'cuda'
     pack = pack and Packed.possible(device, dtype)
     model.packs = pack and not model.wte.weight.requires_grad
     for m in model.modules():
@@ -864,13 +874,13 @@ def class_logits(model, tokens, max_length, truncate, device, dtype, batch_token
 
 class FrozenStates:
     """What comes out of the blocks that do not train, of every text, computed once; every later epoch starts there. states(index (B,)) is
-    (B, T, C) float32, padded with zeros; or where no block trains (B, 1, C), of each text's last token, all that the head reads. They lie in a
-    file of the cache, in the compute precision ((B, 1, C) in float32), and are mapped from there: memory need not hold them. The file is
+    (B, T, C) float32, padded with zeros, T >= width; or where no block trains (B, 1, C), of each text's last token, all that the head reads.
+    They lie in a file of the cache, in the compute precision ((B, 1, C) in float32), and are mapped from there: memory need not hold them. The file is
     named after texts and weights, so the next run over the same finds it; older ones are removed beyond FROZEN_BYTES."""
 
     def __init__(self, model, tokens, max_length, truncate, device, dtype):
         depth, lengths = model.frozen_depth(), np.minimum(tokens.lengths, max_length)
-        pooled = depth == len(model.h)
+        self.pooled = pooled = depth == len(model.h)
         self.device, self.rows = device, np.ones_like(lengths) if pooled else lengths
         order = np.argsort(-lengths, kind='stable')                 # that of in_batches
         self.starts = np.empty_like(lengths)
@@ -903,9 +913,10 @@ class FrozenStates:
         h.update(tokens.starts)
         return h.hexdigest()[:32]
 
-    def __call__(self, index):
+    def __call__(self, index, width=0):
         parts = [self.flat[at:at + n] for at, n in zip(self.starts[index], self.rows[index])]
-        return nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self.device, torch.float32)
+        x = nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self.device, torch.float32)
+        return x if self.pooled else F.pad(x, (0, 0, 0, max(0, width - x.shape[1])))
 
 
 def make_room(folder, size):
@@ -1156,6 +1167,66 @@ def restore(saved, params, opt, scaler):
 def seed_step(seed, step):
     """Dropout of a step is a pure function of seed, step and rank, so that a run that is resumed goes on as if it had never stopped."""
     torch.manual_seed(int.from_bytes(hashlib.sha256(f'{seed} {step} {rank()}'.encode()).digest()[:7], 'little'))
+
+
+def check_graphs(args, device):
+    """UserError where --cuda_graphs cannot be had."""
+    if args.cuda_graphs and device.type != 'cuda':
+        raise UserError(f'--cuda_graphs needs a GPU, and this run is on {device}')
+    others = {'--compile': args.compile, '--gradient_checkpointing': args.gradient_checkpointing, 'several processes': ranks() > 1}
+    for name, there in others.items():
+        if args.cuda_graphs and there:
+            raise UserError(f'--cuda_graphs does not go with {name}')
+
+
+class Graphs:
+    """graphs(share, *batch) does what `loss = fn(*batch) * share; loss.backward()` does, and gives the loss. For each shape of the batch that is
+    recorded once as a CUDA graph and then replayed: a step of a small model is a thousand kernels of some microseconds, which a GPU runs faster
+    than Python can launch them. Recorded is what happens to memory at fixed places, so inputs are copied there, gradients are added to those
+    that are there (zero_grad must not drop them), and nothing in fn may wait for the GPU."""
+
+    def __init__(self, fn, params, scaler):
+        self.fn, self.params, self.scaler, self.recorded, self.pool = fn, list(params), scaler, {}, None
+        for p in self.params:
+            p.grad = torch.zeros_like(p)
+
+    def __call__(self, *inputs):                                    # tensors
+        shapes = tuple(t.shape for t in inputs)
+        if shapes not in self.recorded:
+            self.recorded[shapes] = self.record([t.clone() for t in inputs])
+        places, replay, loss = self.recorded[shapes]
+        for place, t in zip(places, inputs):
+            place.copy_(t)
+        replay()
+        return loss
+
+    def once(self, share, *batch):
+        loss = self.fn(*batch) * share
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def record(self, places):
+        """-> (places of the inputs, what to call when they are there, place of the loss). Gradients and random numbers stay as they are."""
+        before = [p.grad.clone() for p in self.params]
+        with torch.random.fork_rng([t.device for t in places[:1] if t.is_cuda]):
+            replay, loss = self.capture(places)
+        for p, g in zip(self.params, before):
+            p.grad.copy_(g)
+        return places, replay, loss
+
+    def capture(self, places):
+        """-> (replay, place of the loss). Before it, as PyTorch's notes on CUDA semantics ask, some passes on another stream, which choose kernels
+        and make workspaces."""
+        here, aside, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                self.once(*places)
+        here.wait_stream(aside)
+        with torch.cuda.graph(graph, pool=self.pool):               # one pool: of all shapes one runs at a time
+            loss = self.once(*places)
+        self.pool = graph.pool()
+        return graph.replay, loss
 
 
 class Log:

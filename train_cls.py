@@ -72,6 +72,8 @@ def parse(argv):
     p.add_argument('--device', default='auto', help='auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps')
     p.add_argument('--dtype', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the matrix products; auto: the fastest native one')
     p.add_argument('--compile', action='store_true', help='torch.compile the model; pays on CUDA and long runs')
+    p.add_argument('--cuda_graphs', action='store_true', help='record each shape of a batch once and replay it; pays for small models on CUDA')
+    p.add_argument('--gradient_checkpointing', action='store_true', help='keep no activations within blocks, compute them twice: less memory, more time')
     p.add_argument('--seed', type=int, default=1337, help='of the split, the order of the rows, new weights and dropout')
     p.add_argument('--out', metavar='DIR', help='run folder; without it runs/DATA-METHOD, numbered if it is taken')
     p.add_argument('--resume', action='store_true', help='go on with the interrupted run in --out, with its own flags')
@@ -86,7 +88,7 @@ def parse(argv):
         saved = gpt.load_resume(args.out)
         return lora.resumed(args, given, saved['args']), set(), saved
     args.method = next((m for m in ('head', 'last', 'full', 'adapter', 'prompt') if getattr(args, m)), 'lora')
-    lora.settle(args, given, {'bottleneck': ('--adapter', args.adapter)})
+    lora.settle(args, given, {'bottleneck': ('--adapter', args.adapter), 'gradient_checkpointing': ('blocks that train', not args.head)})
     return args, given, None
 
 
@@ -112,6 +114,7 @@ def main(argv=None):
 
     # --- what trains, where, and how precisely ---
     device, dtype, reason = gpt.pick_device(args.device, args.dtype)
+    gpt.check_graphs(args, device)
     wrapped = lora.adapt(model, args.method, args.last, args.r, args.alpha, args.dropout, args.targets, args.bottleneck, args.prompt, args.top)
     model.set_dropout(args.trunk_dropout)
     args.out = gpt.from_rank_zero(lambda: args.out or lora.free_folder(args.data, args.method))
@@ -129,6 +132,7 @@ def main(argv=None):
                 args=vars(args), parameters=dict(trainable=trained, total=total),
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     gpt.place(model, device, dtype, pack=not args.compile)
+    model.recomputes = args.gradient_checkpointing
     if args.method == 'full':
         model.wte.train_rows_of(torch.from_numpy(np.append(train.flat, model.end)))
     if args.compile:
@@ -138,7 +142,8 @@ def main(argv=None):
     lengths = np.minimum(train.lengths, args.max_length)            # (N,) tokens of each training text that are used
     y = torch.from_numpy(ds.train.y).to(device)
     counts = np.bincount(ds.train.y, minlength=len(ds.labels))
-    weights = torch.from_numpy(len(ds.train.y) / (len(ds.labels) * counts)).float().to(device) if args.class_weights == 'balanced' else None
+    class_weights = len(ds.train.y) / (len(ds.labels) * counts) if args.class_weights == 'balanced' else None            # (K,)
+    weights = None if class_weights is None else torch.from_numpy(class_weights).float().to(device)
 
     step_rows = args.batch_size * args.grad_accum                   # rows per optimizer step
     epoch_steps = math.ceil(len(lengths) / step_rows)
@@ -157,12 +162,16 @@ def main(argv=None):
     print(f'{max_steps} steps of {step_rows} rows = {max_steps / epoch_steps:.1f} epochs, lr {args.lr:g}' + ''.join(
         f', {name} {getattr(args, name)}' for name in sorted(given - {'lr', 'data', 'model', 'max_steps', 'epochs', *lora.METHODS['cls']})), flush=True)
 
-    def loss_of(index):
-        """Sum of the rows' losses, weighted by class; index (B,) rows of the training split."""
-        ids, n = data.collate(train, index, args.max_length, args.truncate, model.end, device)
+    def batch_of(index):
+        """What loss_of is given for the rows index (B,) of the training split."""
+        ids, n = data.collate(train, index, args.max_length, args.truncate, model.end, device, multiple=gpt.GRAPH_WIDTH if graphs else 1)
+        return ids, n, y[index], *([frozen['train'](index, ids.shape[1])] if frozen['train'] else [])
+
+    def loss_of(ids, n, y, states=None):
+        """Sum of the losses of a batch, weighted by class: ids (B, T), n (B,) tokens, y (B,) classes, states of the blocks that do not train."""
         with gpt.autocast(device, dtype):
-            logits = net(ids, n, states=frozen['train'] and frozen['train'](index))             # (B, K)
-        return F.cross_entropy(logits.float(), y[index], weight=weights, reduction='sum')
+            logits = net(ids, n, states=states)                     # (B, K)
+        return F.cross_entropy(logits.float(), y, weight=weights, reduction='sum')
 
     def rows_of_step(number):
         """The rows of a step, 1 is the first."""
@@ -171,7 +180,7 @@ def main(argv=None):
 
     def weight_of(index):
         """What the loss of a step is divided by: its rows, or their class weights. A step cut into ragged parts equals the whole."""
-        return len(index) if weights is None else float(weights[y[index]].sum())
+        return len(index) if class_weights is None else float(class_weights[ds.train.y[index]].sum())
 
     def evaluate():
         """-> (what is better when larger, the numbers for the log); writes the predictions."""
@@ -192,6 +201,7 @@ def main(argv=None):
     params, net = lora.trainables(model), gpt.wrap(model)
     opt = gpt.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    graphs = gpt.Graphs(loss_of, params.values(), scaler) if args.cuda_graphs else None
     step, best = gpt.restore(saved, params, opt, scaler) if saved else (0, None)
     log = gpt.Log(args.out, max_steps, resumed_at=step)
     if not saved:
@@ -222,17 +232,21 @@ def main(argv=None):
             mine, counts = gpt.share_of(rows[np.argsort(lengths[rows])])
             parts = np.array_split(mine, min(args.grad_accum, len(mine)))
             for part in parts:
-                with gpt.exchange(net, last=part is parts[-1]):
-                    part_loss = loss_of(part) * (counts / weight)
-                    scaler.scale(part_loss).backward()
+                batch, share = batch_of(part), counts / weight
+                if graphs:
+                    part_loss = graphs(torch.full((), share, device=device), *batch)
+                else:
+                    with gpt.exchange(net, last=part is parts[-1]):
+                        part_loss = loss_of(*batch) * share
+                        scaler.scale(part_loss).backward()
                 loss = loss + part_loss.detach()                                    # a tensor: reading it here would wait for the GPU
-                real, padded = real + int(lengths[part].sum()), padded + len(part) * int(lengths[part].max())
+                real, padded = real + int(lengths[part].sum()), padded + batch[0].numel()
             scaler.unscale_(opt)
             norm = torch.nn.utils.clip_grad_norm_(params.values(), args.clip or math.inf)
             losses.append(loss / gpt.ranks() + (0.0 if scaler.is_enabled() else 0.0 * norm))        # not finite if either is not
             scaler.step(opt)
             scaler.update()
-            opt.zero_grad(set_to_none=True)
+            opt.zero_grad(set_to_none=not graphs)
             step, rows_done = step + 1, rows_done + len(rows)
             at_evaluation = step % eval_every == 0 or step == max_steps
             if step % args.log_every == 0 or at_evaluation:

@@ -99,6 +99,8 @@ def parse(argv):
     p.add_argument('--device', default='auto', help='auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps')
     p.add_argument('--dtype', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the matrix products; auto: the fastest native one')
     p.add_argument('--compile', action='store_true', help='torch.compile the model; pays on CUDA and long runs')
+    p.add_argument('--cuda_graphs', action='store_true', help='record each shape of a batch once and replay it; pays for small models on CUDA')
+    p.add_argument('--gradient_checkpointing', action='store_true', help='keep no activations within blocks, compute them twice: less memory, more time')
     p.add_argument('--seed', type=int, default=1337, help='of the split, the order of the rows, new weights and dropout')
     p.add_argument('--out', metavar='DIR', help='run folder; without it runs/DATA-METHOD, numbered if it is taken')
     p.add_argument('--resume', action='store_true', help='go on with the interrupted run in --out, with its own flags')
@@ -119,7 +121,8 @@ def parse(argv):
     needs['class_id'] = ('--lora or --full, the methods that train a class alone', args.method in ('lora', 'full'))
     needs['prior'] = ('classes', args.method != 'pretrain')
     needs.update({name: ('training, which --zero_shot leaves out', trains) for name in
-                  ('max_steps', 'epochs', 'batch_size', 'grad_accum', 'lr', 'weight_decay', 'warmup', 'schedule', 'clip', 'trunk_dropout', 'eval_every', 'compile')})
+                  ('max_steps', 'epochs', 'batch_size', 'grad_accum', 'lr', 'weight_decay', 'warmup', 'schedule', 'clip', 'trunk_dropout', 'eval_every',
+                   'compile', 'cuda_graphs', 'gradient_checkpointing')})
     lora.settle(args, given, needs)
     if args.posterior_steps and args.class_id is not None:
         raise UserError('--posterior_steps changes all classes, --class_id trains one alone; give one of them')
@@ -353,6 +356,7 @@ def main(argv=None):
 
     # --- what trains, where, and how precisely ---
     device, dtype, reason = gpt.pick_device(args.device, args.dtype)
+    gpt.check_graphs(args, device)
     with torch.device('meta'):                                      # --targets that match nothing end the run before it has a folder
         lora.adapt(GPT(model.cfg), args.method, 0, args.r, args.alpha, args.dropout, args.targets, top=args.top)
     data.make_folder(args.out)
@@ -421,6 +425,7 @@ def main(argv=None):
                 model.prompt.data = torch.stack([model.wte.weight.detach()[enc.encode_ordinary(one)].mean(0, keepdim=True) for one in labels])
         model.set_dropout(args.trunk_dropout)
         gpt.place(model, device, dtype, pack=not args.compile)
+        model.recomputes = args.gradient_checkpointing
         if args.compile:
             for block in model.h:                                   # one graph for all blocks
                 block.compile(dynamic=True)
@@ -439,19 +444,22 @@ def main(argv=None):
         print(f'\n{what} ({number + 1} of {len(phases)}): {len(members)} rows, {max_steps} steps of {step_rows} rows = '
               f'{max_steps / epoch_steps:.1f} epochs, lr {lr:g}\n' + '\n'.join(lora.describe(model, wrapped)), flush=True)
 
-        def loss_of(index):
-            """Sum of the losses of the rows index (B,) of this phase: -log P(text | its class), or the posterior's cross-entropy with a share
-            of likelihood (the hybrid loss of GeDi, arXiv 2009.06367)."""
+        def batch_of(index):
+            """What loss_of is given for the rows index (B,) of this phase."""
             rows = members[index]
-            ids, n = data.collate(train, rows, args.max_length, args.truncate, model.end, device)
-            whole = gpt.ends_here(model, train, rows, args.max_length, device)
+            ids, n = data.collate(train, rows, args.max_length, args.truncate, model.end, device, multiple=gpt.GRAPH_WIDTH if graphs else 1)
+            return ids, n, gpt.ends_here(model, train, rows, args.max_length, device), y[rows]
+
+        def loss_of(ids, n, whole, y):
+            """Sum of the losses of a batch: -log P(text | its class), or the posterior's cross-entropy with a share of likelihood (the hybrid loss
+            of GeDi, arXiv 2009.06367). ids (B, T), n (B,) tokens, whole (B,): scored with <|endoftext|>, y (B,) classes."""
             with gpt.autocast(device, dtype):
-                logprobs = net(ids, n, 'logprob', whole=whole, of=y[rows] if kind == 'prefix' else None)     # (B,), of the posterior (B, K)
+                logprobs = net(ids, n, 'logprob', whole=whole, of=y if kind == 'prefix' else None)           # (B,), of the posterior (B, K)
             if kind != 'posterior':
                 return -logprobs.sum()
-            own = logprobs.gather(1, y[rows, None]).squeeze(1) / (n + whole)         # (B,) nats per token
+            own = logprobs.gather(1, y[:, None]).squeeze(1) / (n + whole)            # (B,) nats per token
             share = args.likelihood_share
-            return (1 - share) * F.cross_entropy(logprobs + y_prior, y[rows], reduction='sum') - share * own.sum()
+            return (1 - share) * F.cross_entropy(logprobs + y_prior, y, reduction='sum') - share * own.sum()
 
         def rows_of_step(number):
             """The training rows of a step, 1 is the first."""
@@ -515,6 +523,7 @@ def main(argv=None):
         params, net = lora.trainables(model), gpt.wrap(model)
         opt = gpt.make_optimizer(model, lr, args.weight_decay)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        graphs = gpt.Graphs(loss_of, params.values(), scaler) if args.cuda_graphs else None
         step, best = gpt.restore(saved, params, opt, scaler) if saved and saved['work'] and os.path.normpath(work) == resumed else (0, None)
         log = gpt.Log(work, max_steps, step, {} if kind == 'pretrain' else {'class': what})
         if not step:
@@ -536,17 +545,21 @@ def main(argv=None):
                 mine, counts = gpt.share_of(rows[np.argsort(lengths[rows])])
                 parts = np.array_split(mine, min(args.grad_accum, len(mine)))
                 for part in parts:
-                    with gpt.exchange(net, last=part is parts[-1]):
-                        part_loss = loss_of(part) * (counts / weight)
-                        scaler.scale(part_loss).backward()
+                    batch, share = batch_of(part), counts / weight
+                    if graphs:
+                        part_loss = graphs(torch.full((), share, device=device), *batch)
+                    else:
+                        with gpt.exchange(net, last=part is parts[-1]):
+                            part_loss = loss_of(*batch) * share
+                            scaler.scale(part_loss).backward()
                     loss = loss + part_loss.detach()                                    # a tensor: reading it here would wait for the GPU
-                    real, padded = real + int(lengths[part].sum()), padded + len(part) * int(lengths[part].max())
+                    real, padded = real + int(lengths[part].sum()), padded + batch[0].numel()
                 scaler.unscale_(opt)
                 norm = torch.nn.utils.clip_grad_norm_(params.values(), args.clip or math.inf)
                 losses.append(loss / gpt.ranks() + (0.0 if scaler.is_enabled() else 0.0 * norm))        # not finite if either is not
                 scaler.step(opt)
                 scaler.update()
-                opt.zero_grad(set_to_none=True)
+                opt.zero_grad(set_to_none=not graphs)
                 step, rows_done = step + 1, rows_done + len(rows)
                 at_evaluation = step % eval_every == 0 or step == max_steps
                 if step % args.log_every == 0 or at_evaluation:
