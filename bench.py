@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -655,4 +656,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))         # an exception, at which subprocess.run ends the worker, too
     data.cli(main)

@@ -891,9 +891,9 @@ class FrozenStates:
 
         def compute(f):
             def keep(ids, lengths, index):
-                x = model.trunk(ids, lengths if pooled else None, upto=depth).to(kind)
+                x = model.trunk(ids, lengths if pooled else None, upto=depth).to(kind).cpu()
                 for row, count in zip(x, self.rows[index]):
-                    f.write(row[:count].contiguous().view(torch.uint8).cpu().numpy())
+                    f.write(row[:count].contiguous().view(torch.uint8).numpy())
                 return x.new_zeros(len(index), 0)
             in_batches(keep, model, tokens, max_length, truncate, device, dtype, progress=True)
         if not os.path.isfile(path) or os.path.getsize(path) != size:
@@ -1104,7 +1104,8 @@ def advice_on_memory(args):
             raise
         smaller = (f'--batch_size {args.batch_size // 2} --grad_accum {2 * args.grad_accum}, which take the same steps' if args.batch_size > 1
                    else 'a smaller --max_length')
-        raise UserError(f'out of memory at --batch_size {args.batch_size} and --max_length {args.max_length}: try {smaller}') from None
+        again = '' if args.gradient_checkpointing or args.method == 'head' else ', or --gradient_checkpointing'
+        raise UserError(f'out of memory at --batch_size {args.batch_size} and --max_length {args.max_length}: try {smaller}{again}') from None
 
 
 def mean_finite(losses, step, plan_of, lr, out):

@@ -133,8 +133,6 @@ def main(argv=None):
                 versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     gpt.place(model, device, dtype, pack=not args.compile)
     model.recomputes = args.gradient_checkpointing
-    if args.method == 'full':
-        model.wte.train_rows_of(torch.from_numpy(np.append(train.flat, model.end)))
     if args.compile:
         for block in model.h:                                       # one graph for all blocks
             block.compile(dynamic=True)
@@ -198,6 +196,8 @@ def main(argv=None):
     def keep(step, best):
         gpt.save_resume(args.out, args, step, best, params, opt, scaler)
 
+    if args.method == 'full':
+        model.wte.train_rows_of(torch.from_numpy(np.append(train.flat, model.end)))              # end: pads
     params, net = lora.trainables(model), gpt.wrap(model)
     opt = gpt.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
