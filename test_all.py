@@ -5254,11 +5254,12 @@ def test_bench_ours():
 
 
 def test_bench_leaves_the_first_epoch_out():
-    """Blocks are whole epochs but the first, of as many rows as the steps take; nothing is evaluated."""
+    """Blocks are whole epochs but the first, of as many rows as the steps take; nothing is evaluated. --extra reaches train_cls.py."""
     records = []
 
     def main(argv):
         args = train_cls.parse(argv)[0]
+        assert args.gradient_checkpointing == (args.method == 'lora')
         data.make_folder(args.out)
         log = gpt.Log(args.out, args.max_steps)
         for step in range(args.log_every, args.max_steps + 1, args.log_every):
@@ -5268,7 +5269,7 @@ def test_bench_leaves_the_first_epoch_out():
     with little_bench(), patched(train_cls, 'main', main):
         for task, epochs in (('lora', 2), ('head', bench.EPOCHS)):
             records.clear()
-            row = bench_of(task, '--steps', '5')[1]['rows']['nanocls']
+            row = bench_of(task, '--steps', '5', *(['--extra=--gradient_checkpointing'] * (task == 'lora')))[1]['rows']['nanocls']
             assert records == [(5, 5 * epochs, 5, 5 * i) for i in range(1, epochs + 1)], records
             assert row['blocks'] == epochs - 1 and row['examples_per_s'] == 5 * (epochs + 2) / 2 and row['pad_share'] == 0.25, row
     with little_bench(), patched(train_cls, 'main', lambda argv: None):
