@@ -2803,7 +2803,7 @@ def tree(folder):
 
 def class_model(kind, cfg=SMALL, classes=3):
     """A formula model with the given axis: plain, K LoRA updates or K prompts."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)                                                # classes that differ by half a nat and more
     model = formula_model(cfg, 0).requires_grad_(False)
     if kind in ('lora', 'top'):
         lora.add_lora(model, 4, 8.0, 0.1, lora.TARGETS.split(','), classes=classes, top=1 if kind == 'top' else None)
@@ -2920,7 +2920,7 @@ def test_gen_chunks_of_the_vocabulary():
                 out = model.next_logprobs(x, target) if rows else (x @ model.wte.weight.t()).log_softmax(1)[torch.arange(M), target]
                 (out * weights).sum().backward()
             results.append([out.detach(), x.grad] + [model.wte.weight.grad] * trains)
-            assert (seen.n >= M * V) == (rows in (None, 1000)) or trains and rows == 23, (rows, seen.n)      # (V, C) is as large there
+            assert (seen.n >= M * V) == (rows in (None, 1000)), (rows, columns, seen.n, trains)
             assert model.wte.weight.grad is None or trains
         for other in results[1:]:
             assert all(float((a - b).abs().max()) < 1e-5 * max(1, float(b.abs().max())) for a, b in zip(other, results[0])), trains
@@ -3021,7 +3021,7 @@ def test_gen_stacked_classes_equal_separate_models():
             by_loss = stacked.logprob_by_loss(ids, n, whole)
             assert float((by_loss - want).abs().max()) < 1e-3, kind
             assert got.shape == (4, 3) and float(((got - want) / want).abs().max()) < 1e-5, kind
-            assert float((want[:, 0] - want[:, 1]).abs().min()) > 0.01, want                         # or it would prove nothing
+            assert float((want[:, 0] - want[:, 1]).abs().min()) > 0.1, want                          # or it would prove nothing
             if kind == 'prompt':
                 of = torch.tensor([2, 0, 1, 2])
                 assert torch.allclose(stacked.logprob(ids, n, whole, of=of), want.gather(1, of[:, None])[:, 0], rtol=1e-5)
@@ -3772,8 +3772,9 @@ def test_gen_accumulation_equals_the_big_batch():
 
 def test_gen_best_on_validation_is_saved():
     """With a rate that destroys a class after its step 4, the adapter that is kept is one of before; its numbers stand in class.json."""
+    argv = over_base('--max_steps', '12', '--batch_size', '8', '--eval_every', '2')      # the base is made here, at its own rate
     with patched(gpt, 'lr_at', lambda step, *a: 1e-2 if step < 4 else 3.0):
-        out, _ = generate(*over_base('--max_steps', '24', '--batch_size', '8', '--eval_every', '2'))
+        out, _ = generate(*argv)
     for label in ('animals', 'numbers'):
         log = [r for r in records(out) if r['class'] == label and 'val_loss' in r]
         start = min(r['step'] for r in log) - 2
