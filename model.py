@@ -346,8 +346,8 @@ class GPT(nn.Module):
         for i in range(0 if states is None else self.frozen_depth(), len(self.h) if upto is None else upto):
             if copies and i == self.split > 0:
                 x = x.repeat(copies, 1, 1)
-            more = [last] if i == len(self.h) - 1 else []
-            x = torch.utils.checkpoint.checkpoint(self.h[i], x, *more, use_reentrant=False) if recomputes else self.h[i](x, *more)
+            at = last if i == len(self.h) - 1 else None
+            x = torch.utils.checkpoint.checkpoint(self.h[i], x, at, use_reentrant=False) if recomputes else self.h[i](x, at)
         return x
 
     def embed(self, ids, of, copies):
