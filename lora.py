@@ -35,15 +35,15 @@ SMALL_BASE = 20_000_000                             # bytes; a base model below 
 
 # ------------------------------------------------------------------------------------------------------------ wrappers
 
-def dropped(n, p):
+def dropped(n, p, rng=None):
     """Which of n values a dropout of share p drops -> positions, int64, ascending. On CPUs bernoulli_ draws a number per value, one after
     another, and took a quarter of a training step. The distances between dropped values are geometric, so one draw per dropped value does:
-    the floor of an exponential of rate -log(1 - p). Seeded by torch's generator."""
-    draw = np.random.Generator(np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_()))).standard_exponential
-    at, last = [], -1
-    while last < n:
-        gaps = draw(int(n * p + 6 * math.sqrt(n * p)) + 16, np.float32) * (-1 / math.log1p(-p))
-        at.append(last + np.cumsum(gaps.astype(np.int64) + 1))      # nearly always enough at once
+    the floor of log(u) / log(1 - p), u uniform. rng: numpy's generator; without, one that torch's seeds."""
+    rng, at, last = rng or gpt.generator(), [], -1
+    while last < n:                                                 # nearly always once
+        u = rng.random(int(n * p + 6 * math.sqrt(n * p)) + 16, np.float32)
+        gaps = (np.log(1 - u) * (1 / math.log1p(-p))).astype(np.int64) + 1              # 1 - u: u can be 0
+        at.append(last + np.cumsum(gaps))
         last = at[-1][-1]
     at = np.concatenate(at) if len(at) > 1 else at[0]
     return torch.from_numpy(at[:np.searchsorted(at, n)])
@@ -73,32 +73,6 @@ def dropout(x, p):
     return Dropout.apply(x, p) if x.device.type == 'cpu' else F.dropout(x, p)
 
 
-class PackedLoRA(torch.autograd.Function):
-    """What LoRA.forward computes, over a packed base: x (M, in) bfloat16, A (r, in), B (out, r) -> (M, out); of K classes x (K, M, in),
-    A (K, r, in), B (K, out, r) -> (K, M, out). One node, since around products this thin a tenth of a step went into what autograd and
-    autocast do between them; dropout's 1 / (1 - p) and the scale are A's."""
-
-    @staticmethod
-    def forward(ctx, x, A, B, packed, scale, p):
-        ctx.packed, ctx.scale, at = packed, scale / (1 - p), dropped(x.numel(), p) if p else None
-        A, B = (A * ctx.scale).to(x.dtype), B.to(x.dtype)
-        kept = x.reshape(-1).clone().index_fill_(0, at, 0).view(x.shape) if p else x
-        a = kept @ A.transpose(-2, -1)
-        ctx.save_for_backward(kept, a, A, B, at)
-        y = packed.raw(x)
-        return y.addmm_(a, B.t()) if y.dim() == 2 else y.baddbmm_(a, B.transpose(-2, -1))
-
-    @staticmethod
-    def backward(ctx, g):
-        kept, a, A, B, at = ctx.saved_tensors
-        da, dx = g @ B, None
-        dA, dB = (da.transpose(-2, -1) @ kept).float() * ctx.scale, (a.transpose(-2, -1) @ g).transpose(-2, -1).float()
-        if ctx.needs_input_grad[0]:
-            dx, through = ctx.packed.gradient(g), da @ A
-            dx += through if at is None else through.view(-1).index_fill_(0, at, 0).view(kept.shape)
-        return dx, dA, dB, None, None, None
-
-
 class LoRA(nn.Module):
     """y = base(x) + (alpha / r) dropout(x) A^T B^T around a frozen layer (Hu et al. 2021, arXiv 2106.09685).
 
@@ -116,17 +90,25 @@ class LoRA(nn.Module):
         self.B = nn.Parameter(torch.zeros(*axis, n_out, r))
         self.folded = None
 
+    @property
+    def packs(self):
+        return getattr(self.base, 'packs', False)
+
+    @property
+    def weights(self):
+        return self.A, self.B
+
     def forward(self, x, gelu=False):                               # (..., in) -> (..., out); gelu: GELU of it
         if self.folds(x, gelu):
             return self.fold(x, gelu)
         y = self.updated(x)
-        return gpt.gelu_of(y, getattr(self.base, 'packs', False)) if gelu else y
+        return gpt.gelu_of(y, self.packs) if gelu else y
 
     def folds(self, x, gelu):
         """Is fold() to be used? While nothing trains, where oneDNN packs weights, and of K classes if their updates are thin enough for it to pay."""
         frozen = not (self.A.requires_grad or self.B.requires_grad or (self.training and self.p) or torch.is_grad_enabled() and x.requires_grad)
         thin = self.A.dim() == 2 or len(self.A) * self.A.shape[1] <= self.A.shape[2] // (4 if gelu else 16)
-        return frozen and thin and getattr(self.base, 'packs', False)
+        return frozen and thin and self.packs
 
     def fold(self, x, gelu):
         """The layer as one product with packed weights, and GELU within it. One update: W + scale (B A)^T, summed in float32 and rounded once, no
@@ -147,15 +129,14 @@ class LoRA(nn.Module):
             rows = wide.view(-1, n_in + k * r)
             rows[:, n_in:] = ((rows[:, :n_in] @ self.down).view(k, -1, k * r) * self.own).view(-1, k * r)
             x = wide
-        return self.folded.product(x, gelu)
+        return self.folded.product(x.to(torch.bfloat16), gelu)
 
     def updated(self, x):                                           # (..., in) -> (..., out)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))       # rounded once, before the mask
+        if self.packs:
+            return gpt.Taped.apply(x.to(torch.bfloat16), self, *self.weights)
         p, axis = self.p if self.training else 0.0, self.A.shape[:-2]                   # axis: (), or (K,): x is K slices of B T rows
-        if getattr(self.base, 'packs', False):
-            y = PackedLoRA.apply(x.to(torch.bfloat16).reshape(*axis, -1, x.shape[-1]), self.A, self.B, self.base.pack(), self.scale, p)
-            return y.view(*x.shape[:-1], -1)
         y = self.base(x)
         x = x.to(y.dtype)
         if p:
@@ -165,6 +146,30 @@ class LoRA(nn.Module):
             return torch.baddbmm(y.view(*axis, -1, y.shape[-1]), a, self.B.transpose(1, 2).to(y.dtype)).view(y.shape)
         a = F.linear(x, self.A) * self.scale                        # (..., r)
         return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), self.B.t()).view(y.shape)            # the sum costs no pass of its own
+
+    def taped(self, x, tape):                                       # (..., in) bfloat16 -> (..., out); the scale and dropout's 1 / (1 - p) are A's
+        p = self.p if self.training else 0.0
+        rows = x.reshape(*self.A.shape[:-2], -1, x.shape[-1])
+        at = dropped(x.numel(), p, tape.rng) if p else None
+        kept = rows if at is None else torch.index_fill(rows.reshape(-1), 0, at, 0).view(rows.shape)
+        A, B = (self.A * (self.scale / (1 - p))).to(x.dtype), self.B.to(x.dtype)
+        a = kept @ A.transpose(-2, -1)
+        tape += kept, a, A, B, at
+        y = self.base.pack().product(rows)
+        y = y.addmm_(a, B.t()) if y.dim() == 2 else y.baddbmm_(a, B.transpose(-2, -1))
+        return y.view(*x.shape[:-1], -1)
+
+    def vjp(self, g, tape, need):
+        kept, a, A, B, at = tape.take(5)
+        rows = g.reshape(*self.A.shape[:-2], -1, g.shape[-1])
+        da, dx = rows @ B, None
+        dA = (da.transpose(-2, -1) @ kept).float().mul_(self.scale if at is None else self.scale / (1 - self.p))
+        dB = (a.transpose(-2, -1) @ rows).transpose(-2, -1).to(torch.float32, memory_format=torch.contiguous_format)     # else copied twice
+        if need:
+            dx, through = self.base.packed.gradient(rows), da @ A
+            dx += through if at is None else through.view(-1).index_fill_(0, at, 0).view(kept.shape)
+            dx = dx.view(*g.shape[:-1], -1)
+        return dx, dA, dB
 
     def delta(self, at=None):
         """scale * B A in float32, in the layout of the base weight. at: which class, of K."""

@@ -2,6 +2,7 @@
 safetensors in and out, device and precision, optimizer groups, learning-rate schedule, evaluation in padded batches."""
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import math
@@ -58,7 +59,7 @@ ROWS, COLUMNS = 512, 4096       # positions and tokens whose next-token logits a
 
 class Packed:
     """A frozen matrix W (in, out), with bias (out,), in bfloat16 and in the blocks that oneDNN's kernels read, as torch.compile packs the weights
-    of an inference graph; a product from rows makes those blocks anew each time, a fifth of its time. `product` is x W + b, differentiable in x."""
+    of an inference graph; a product from rows makes those blocks anew each time, a fifth of its time."""
 
     def __init__(self, W, bias=None, keep=True):
         """keep: W, to pack it for the gradient, too, when one is asked for."""
@@ -78,12 +79,8 @@ class Packed:
         return torch.ops.mkldnn._reorder_linear_weight(W.detach().to(torch.bfloat16).contiguous())
 
     def product(self, x, gelu=False):
-        """x (..., in) -> (..., out) bfloat16; gelu: GELU of it (tanh form), applied before it is rounded. That form has no gradient."""
-        assert not (gelu and torch.is_grad_enabled() and x.requires_grad), 'the gradient of GELU needs what went into it'
-        return PackedProduct.apply(x.to(torch.bfloat16), self, gelu)
-
-    def raw(self, x, gelu=False):
-        """The product of bfloat16 x, which autograd does not see."""
+        """x (..., in) bfloat16 -> x W + b (..., out) bfloat16; gelu: GELU of it (tanh form), applied before it is rounded."""
+        assert not (torch.is_grad_enabled() and x.requires_grad), 'autograd does not see this product: Taped does'
         return torch.ops.mkldnn._linear_pointwise(x, self.there, self.bias, *(('gelu', [], 'tanh') if gelu else ('none', [], '')))
 
     def gradient(self, g):
@@ -94,15 +91,40 @@ class Packed:
         return torch.ops.mkldnn._linear_pointwise(g, self.back, None, 'none', [], '')
 
 
-class PackedProduct(torch.autograd.Function):
+class Tape(list):
+    """What a forward pass leaves for the backward pass, which takes it from the end."""
+
+    def take(self, n):
+        taken = self[-n:]
+        del self[-n:]
+        return taken
+
+    @functools.cached_property
+    def rng(self):
+        return generator()
+
+
+def generator():
+    """numpy's random numbers, seeded by torch's."""
+    return np.random.Generator(np.random.SFC64(int(torch.empty((), dtype=torch.int64).random_())))
+
+
+class Taped(torch.autograd.Function):
+    """One node of autograd for a module over packed products, up to a whole block of GPT-2: module.taped(x, tape) computes, and module.vjp(g, tape,
+    need), the vector-Jacobian product, returns the gradients of x, if there is a need for it, and of the module's `weights` that train. Among
+    products as short as a batch of sentences makes them, what torch does between a hundred small nodes takes a twentieth of a step."""
+
     @staticmethod
-    def forward(ctx, x, packed, gelu):
-        ctx.packed = packed
-        return packed.raw(x, gelu)
+    def forward(ctx, x, module, *weights):
+        tape, ctx.module = Tape(), module
+        y = module.taped(x, tape)
+        ctx.save_for_backward(*tape)
+        return y
 
     @staticmethod
     def backward(ctx, g):
-        return ctx.packed.gradient(g), None, None
+        dx, *rest = ctx.module.vjp(g, Tape(ctx.saved_tensors), ctx.needs_input_grad[0])
+        return dx, None, *rest
 
 
 class PackedGELU(torch.autograd.Function):
@@ -111,19 +133,29 @@ class PackedGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        if PackedGELU.identity is None:
-            PackedGELU.identity = Packed.pack(torch.eye(16))
         ctx.save_for_backward(x)
-        return torch.ops.mkldnn._linear_pointwise(x.view(-1, 16), PackedGELU.identity, None, 'gelu', [], 'tanh').view(x.shape)
+        return PackedGELU.raw(x)
 
     @staticmethod
     def backward(ctx, g):
-        return torch.ops.aten.gelu_backward(g, *ctx.saved_tensors, approximate='tanh')
+        return PackedGELU.gradient(g, *ctx.saved_tensors)
+
+    @staticmethod
+    def raw(x):
+        if x.shape[-1] % 16:
+            return F.gelu(x, approximate='tanh')
+        if PackedGELU.identity is None:
+            PackedGELU.identity = Packed.pack(torch.eye(16))
+        return torch.ops.mkldnn._linear_pointwise(x.view(-1, 16), PackedGELU.identity, None, 'gelu', [], 'tanh').view(x.shape)
+
+    @staticmethod
+    def gradient(g, x):
+        return torch.ops.aten.gelu_backward(g, x, approximate='tanh')
 
 
 def gelu_of(x, packed=False):
     """GELU in the tanh form. packed: x came out of a packed product."""
-    return PackedGELU.apply(x) if packed and x.shape[-1] % 16 == 0 else F.gelu(x, approximate='tanh')
+    return PackedGELU.apply(x) if packed else F.gelu(x, approximate='tanh')
 
 
 class Conv1D(nn.Module):
@@ -141,10 +173,18 @@ class Conv1D(nn.Module):
         return self.packed
 
     def forward(self, x, gelu=False):                               # (..., in) -> (..., out); gelu: GELU of it
-        if self.packs and gelu and not (torch.is_grad_enabled() and x.requires_grad):
-            return self.pack().product(x, gelu=True)
-        y = self.pack().product(x) if self.packs else F.linear(x, self.weight.t(), self.bias)
+        if self.packs and not (torch.is_grad_enabled() and x.requires_grad):
+            return self.pack().product(x.to(torch.bfloat16), gelu)
+        y = Taped.apply(x.to(torch.bfloat16), self) if self.packs else F.linear(x, self.weight.t(), self.bias)
         return gelu_of(y, self.packs) if gelu else y
+
+    weights = ()                                                    # that train when it is packed
+
+    def taped(self, x, tape):
+        return self.pack().product(x)
+
+    def vjp(self, g, tape, need):
+        return self.packed.gradient(g) if need else None,
 
 
 class Attention(nn.Module):
@@ -172,6 +212,24 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=self.dropout if self.training else 0.0)
         return self.resid_drop(self.c_proj(y.transpose(1, 2).reshape(B, -1, C)))
 
+    def taped(self, x, tape):                                       # (B, T, C) bfloat16 -> the same
+        qkv = self.c_attn.taped(x, tape).float().view(*x.shape[:2], 3, self.n_head, -1)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))        # (B, H, T, C/H)
+        y, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
+        tape += q, k, v, y, logsumexp
+        return self.c_proj.taped(y.transpose(1, 2).reshape(x.shape).to(torch.bfloat16), tape)
+
+    def vjp(self, g, tape, need):
+        g, *last = self.c_proj.vjp(g, tape, True)
+        kept = tape.take(5)
+        B, H, T, D = kept[0].shape
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(g.float().view(B, T, H, D).transpose(1, 2), *kept, 0.0, True)
+        d = torch.empty(B, T, 3, H, D, dtype=torch.bfloat16)
+        for i, grad in enumerate(grads):                            # of q, k and v, rounded on the way to where they lie
+            d[:, :, i] = grad.transpose(1, 2)
+        dx, *first = self.c_attn.vjp(d.view(B, T, -1), tape, need)
+        return dx, *first, *last
+
 
 class MLP(nn.Module):
     def __init__(self, cfg):
@@ -184,6 +242,16 @@ class MLP(nn.Module):
         # The tanh form of GELU is the one GPT-2 was trained with; the exact one is 1e-3 off in the logits.
         return self.resid_drop(self.c_proj(self.c_fc(x, gelu=True)))
 
+    def taped(self, x, tape):                                       # (..., C) bfloat16 -> the same
+        x = self.c_fc.taped(x, tape)
+        tape.append(x)
+        return self.c_proj.taped(PackedGELU.raw(x), tape)
+
+    def vjp(self, g, tape, need):
+        g, *last = self.c_proj.vjp(g, tape, True)
+        dx, *first = self.c_fc.vjp(PackedGELU.gradient(g, *tape.take(1)), tape, need)
+        return dx, *first, *last
+
 
 class Block(nn.Module):
     def __init__(self, cfg):
@@ -192,12 +260,41 @@ class Block(nn.Module):
         self.attn = Attention(cfg)
         self.ln_2 = nn.LayerNorm(cfg.n_embd, eps=1e-5)
         self.mlp = MLP(cfg)
+        self.packs = False                                          # all its products do: set by place()
 
     def forward(self, x, last=None):
         """x (B, T, C) -> (B, T, C); or with last (B,), one position of each text -> (B, 1, C), all that a classifier needs of the last block."""
+        if last is None and self.packs and torch.is_grad_enabled() and not (self.training and self.attn.dropout):
+            weights = [w for layer in self.layers() for w in layer.weights]
+            if x.requires_grad or weights:
+                return Taped.apply(x, self, *weights)
         h = self.attn(self.ln_1(x), last)
         x = (x if last is None else x[torch.arange(len(x), device=x.device), last].unsqueeze(1)) + h
         return x + self.mlp(self.ln_2(x))
+
+    def layers(self):
+        return self.attn.c_attn, self.attn.c_proj, self.mlp.c_fc, self.mlp.c_proj
+
+    def taped(self, x, tape):
+        x = x + self.attn.taped(self.norm(self.ln_1, x, tape), tape)
+        return x + self.mlp.taped(self.norm(self.ln_2, x, tape), tape)
+
+    def vjp(self, g, tape, need):
+        d, *last = self.mlp.vjp(g.to(torch.bfloat16), tape, True)
+        g = self.norm_vjp(self.ln_2, d, tape).add_(g)
+        d, *first = self.attn.vjp(g.to(torch.bfloat16), tape, need)
+        return self.norm_vjp(self.ln_1, d, tape).add_(g) if need else None, *first, *last
+
+    @staticmethod
+    def norm(ln, x, tape):                                          # (B, T, C) float32 -> bfloat16
+        y, mean, rstd = torch.native_layer_norm(x, ln.normalized_shape, ln.weight, ln.bias, ln.eps)
+        tape += x, mean, rstd
+        return y.to(torch.bfloat16)
+
+    @staticmethod
+    def norm_vjp(ln, g, tape):
+        kept = tape.take(3)
+        return torch.ops.aten.native_layer_norm_backward(g.float(), kept[0], ln.normalized_shape, *kept[1:], ln.weight, ln.bias, (True, False, False))[0]
 
 
 class NextLogprobs(torch.autograd.Function):
@@ -248,7 +345,7 @@ class NextLogprobs(torch.autograd.Function):
             if packed is None:
                 x = torch.addmm(-shift, h, W[columns].t())
             else:
-                x = packed[columns.start // COLUMNS].raw(torch.cat((h, -shift, h.new_zeros(len(h), SPARE - 1)), 1))
+                x = packed[columns.start // COLUMNS].product(torch.cat((h, -shift, h.new_zeros(len(h), SPARE - 1)), 1))
             yield columns, x.float()
 
     @staticmethod
@@ -794,6 +891,10 @@ def place(model, device, dtype, pack=True):
         if isinstance(m, Conv1D):
             m.packs = pack and not m.weight.requires_grad and not m.bias.requires_grad
             keep |= {m.weight, m.bias} if m.packs else set()
+    for block in model.h:
+        norms = [*block.ln_1.parameters(), *block.ln_2.parameters()]
+        block.packs = (isinstance(block.attn, Attention) and isinstance(block.mlp, MLP) and all(layer.packs for layer in block.layers())
+                       and not any(p.requires_grad for p in norms))
     for name, p in model.named_parameters():
         if dtype != torch.float32 and not p.requires_grad and p not in keep:
             model.masters[name] = p.data

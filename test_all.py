@@ -1525,23 +1525,30 @@ def needs_packing():
         skip('this processor or this torch packs no bfloat16 weights')
 
 
+def packed_layer(W, b):
+    layer = gpt.Conv1D(*W.shape).requires_grad_(False)
+    layer.weight.data, layer.bias.data, layer.packs = W.float(), b.float(), True
+    return layer
+
+
 def test_packed_product():
     """A packed product, its gradient and its GELU are no further from float64 than one rounding to bfloat16, at widths that no block divides."""
     needs_packing()
     torch.manual_seed(0)
     for n_in, n_out, rows in ((96, 33, (7,)), (70, 256, (3, 5)), (8, 8, (1,))):
         W, b, x = (torch.randn(*s, dtype=torch.bfloat16) for s in ((n_in, n_out), (n_out,), (*rows, n_in)))
-        packed, exact = gpt.Packed(W.float(), b.float()), x.double() @ W.double() + b.double()
+        layer, exact = packed_layer(W, b), x.double() @ W.double() + b.double()
         x.requires_grad_()
-        y = packed.product(x)
+        y = layer(x)
         g = torch.randn_like(y)
         y.backward(g)
         with torch.no_grad():
-            z = packed.product(x, gelu=True)
+            z = layer(x, gelu=True)
         for got, want in ((y, exact), (x.grad, g.double() @ W.double().t()), (z, torch.nn.functional.gelu(exact, approximate='tanh'))):
             assert got.dtype == torch.bfloat16 and got.shape == want.shape
             assert ((got.double() - want).abs() <= want.abs() / 256 + 2e-3).all(), (n_in, n_out, far(got.double(), want))
-    raises(AssertionError, packed.product, x, True, match='gradient')
+    for gelu in (False, True):
+        raises(AssertionError, layer.packed.product, x, gelu, match='autograd')
 
 
 def test_packed_model_is_the_plain_one():
@@ -1583,13 +1590,77 @@ def test_packed_lora_is_its_formula():
                 (leaves[0] * mask / (1 - p)) @ leaves[1].transpose(-2, -1) @ leaves[2].transpose(-2, -1) * 0.5
             exact.backward(g.double())
             mine = [x.to(torch.bfloat16).requires_grad_(), A.requires_grad_(), B.requires_grad_()]
+            layer = lora.LoRA(packed_layer(W, b), 4, 0.5, p, *axis)
+            layer.A, layer.B = (torch.nn.Parameter(t) for t in mine[1:])
+            mine[1:] = layer.weights
             torch.manual_seed(5)
-            y = lora.PackedLoRA.apply(*mine, gpt.Packed(W, b), 0.5, p)
+            y = layer(mine[0])
             y.backward(g.to(torch.bfloat16))
             assert float((y - exact).detach().norm() / exact.detach().norm()) < 0.01, (axis, p)
             for name, t, want in zip('xAB', mine, leaves):
                 assert t.grad.shape == want.shape and float((t.grad - want.grad).norm() / want.grad.norm()) < 0.01, (axis, p, name)
             assert (mask == 0).any() == (p > 0)
+
+
+def test_block_as_one_node():
+    """A block as one node of autograd gives what its modules give one by one: outputs, gradients of the input and of all that trains."""
+    needs_packing()
+    cpu, (ids, n) = torch.device('cpu'), ragged(257, pad=256)
+    nodes, apply = [], gpt.Taped.apply
+
+    def run(one, targets, classes, p):
+        torch.manual_seed(0)
+        model = formula_model().requires_grad_(False)
+        if targets:
+            lora.add_lora(model, 4, 8.0, p, targets, classes=classes)
+        else:
+            lora.add_prompt(model, 3, classes)
+        stirred(model)
+        gpt.place(model, cpu, torch.bfloat16).train()
+        nodes.clear()
+        for block in model.h:
+            assert block.packs
+            block.packs = one
+        with patched(lora, 'dropped', lambda n, p, rng: torch.arange(int(1 / p), n, 3)), \
+                patched(gpt.Taped, 'apply', lambda x, module, *weights: nodes.append(type(module)) or apply(x, module, *weights)), gpt.autocast(cpu, torch.bfloat16):
+            h = model.hidden(ids)
+        (h * torch.linspace(-1, 1, h.numel()).view(h.shape)).sum().backward()
+        return [h.detach()] + [w.grad for w in model.parameters() if w.requires_grad], list(nodes)
+    for targets, classes, p in ((lora.TARGETS.split(','), 0, 0.0), (lora.TARGETS.split(','), 0, 0.25), (lora.TARGETS.split(','), 3, 0.25),
+                                (['c_attn'], 0, 0.1), (['mlp.c_proj', 'c_fc'], 3, 0.0), (None, 0, 0.0), (None, 3, 0.0)):
+        (a, whole), (b, parts) = run(True, targets, classes, p), run(False, targets, classes, p)
+        assert set(whole) == {gpt.Block} and gpt.Block not in parts and len(parts) > len(whole)
+        assert len(a) == len(b) == 1 + (2 * len(targets) * 3 if targets else 1), len(a)
+        for x, y in zip(a, b):
+            assert x.dtype == y.dtype and float(y.norm()) > 0 and far(x, y) <= 1e-5, (targets, classes, p, far(x, y))
+
+
+def test_when_a_block_is_one_node():
+    """Only where that says all: GPT-2's own dropout and LayerNorms that train need the modules, and LoRA's dropout is training's alone."""
+    needs_packing()
+    cpu, (ids, n) = torch.device('cpu'), ragged(257, pad=256)
+    model = formula_model()
+    lora.adapt(model, 'lora', r=4, dropout=0.5)
+    stirred(model)
+    model.h[1].ln_2.requires_grad_(True)
+    gpt.place(model, cpu, torch.bfloat16)
+    assert [block.packs for block in model.h] == [i != 1 for i in range(len(model.h))]
+
+    def reading(train, p=0.0):
+        model.train(train).set_dropout(p)
+        with gpt.autocast(cpu, torch.bfloat16):
+            return model.hidden(ids)
+    assert torch.equal(reading(False), reading(False)) and not torch.equal(reading(True), reading(True))
+    reading(False).sum().backward()
+    assert model.h[1].ln_2.weight.grad.any() and model.h[0].ln_2.weight.grad is None
+    for block in model.h:
+        block.attn.c_attn.p = block.attn.c_proj.p = block.mlp.c_fc.p = block.mlp.c_proj.p = 0.0
+    assert torch.equal(reading(True), reading(False))
+    for block in model.h:
+        block.mlp.resid_drop.register_forward_hook(lambda *_: seen.append(1))
+    for p, times in ((0.5, len(model.h)), (0.0, 1)):                # the hook is met where the modules run: block 1's
+        seen = []
+        assert torch.equal(reading(True, p), reading(False)) == (p == 0) and len(seen) == times + 1, (p, seen)
 
 
 def test_packing_trains_the_same():
