@@ -147,15 +147,16 @@ class LoRA(nn.Module):
         a = F.linear(x, self.A) * self.scale                        # (..., r)
         return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), self.B.t()).view(y.shape)            # the sum costs no pass of its own
 
-    def taped(self, x, tape):                                       # (..., in) bfloat16 -> (..., out); the scale and dropout's 1 / (1 - p) are A's
+    def taped(self, x, tape, own=False):                            # (..., in) bfloat16 -> (..., out); the scale and dropout's 1 / (1 - p) are A's
         p = self.p if self.training else 0.0
         rows = x.reshape(*self.A.shape[:-2], -1, x.shape[-1])
-        at = dropped(x.numel(), p, tape.rng) if p else None
-        kept = rows if at is None else torch.index_fill(rows.reshape(-1), 0, at, 0).view(rows.shape)
+        y, at, kept = self.base.pack().product(rows), None, rows
+        if p:
+            at, kept = dropped(x.numel(), p, tape.rng), rows if own else rows.clone()
+            kept.view(-1).index_fill_(0, at, 0)
         A, B = (self.A * (self.scale / (1 - p))).to(x.dtype), self.B.to(x.dtype)
         a = kept @ A.transpose(-2, -1)
         tape += kept, a, A, B, at
-        y = self.base.pack().product(rows)
         y = y.addmm_(a, B.t()) if y.dim() == 2 else y.baddbmm_(a, B.transpose(-2, -1))
         return y.view(*x.shape[:-1], -1)
 

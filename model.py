@@ -172,15 +172,15 @@ class Conv1D(nn.Module):
         self.packed = self.packed or Packed(self.weight, self.bias)
         return self.packed
 
+    weights = ()                                                    # what trains in taped(), beside x
+
     def forward(self, x, gelu=False):                               # (..., in) -> (..., out); gelu: GELU of it
         if self.packs and not (torch.is_grad_enabled() and x.requires_grad):
             return self.pack().product(x.to(torch.bfloat16), gelu)
         y = Taped.apply(x.to(torch.bfloat16), self) if self.packs else F.linear(x, self.weight.t(), self.bias)
         return gelu_of(y, self.packs) if gelu else y
 
-    weights = ()                                                    # that train when it is packed
-
-    def taped(self, x, tape):
+    def taped(self, x, tape, own=False):                            # own: nobody else holds x, it may be written over
         return self.pack().product(x)
 
     def vjp(self, g, tape, need):
@@ -213,11 +213,11 @@ class Attention(nn.Module):
         return self.resid_drop(self.c_proj(y.transpose(1, 2).reshape(B, -1, C)))
 
     def taped(self, x, tape):                                       # (B, T, C) bfloat16 -> the same
-        qkv = self.c_attn.taped(x, tape).float().view(*x.shape[:2], 3, self.n_head, -1)
+        qkv = self.c_attn.taped(x, tape, own=True).float().view(*x.shape[:2], 3, self.n_head, -1)
         q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))        # (B, H, T, C/H)
         y, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True)
         tape += q, k, v, y, logsumexp
-        return self.c_proj.taped(y.transpose(1, 2).reshape(x.shape).to(torch.bfloat16), tape)
+        return self.c_proj.taped(y.transpose(1, 2).reshape(x.shape).to(torch.bfloat16), tape, own=True)
 
     def vjp(self, g, tape, need):
         g, *last = self.c_proj.vjp(g, tape, True)
@@ -243,9 +243,9 @@ class MLP(nn.Module):
         return self.resid_drop(self.c_proj(self.c_fc(x, gelu=True)))
 
     def taped(self, x, tape):                                       # (..., C) bfloat16 -> the same
-        x = self.c_fc.taped(x, tape)
+        x = self.c_fc.taped(x, tape, own=True)
         tape.append(x)
-        return self.c_proj.taped(PackedGELU.raw(x), tape)
+        return self.c_proj.taped(PackedGELU.raw(x), tape, own=True)
 
     def vjp(self, g, tape, need):
         g, *last = self.c_proj.vjp(g, tape, True)
@@ -260,7 +260,7 @@ class Block(nn.Module):
         self.attn = Attention(cfg)
         self.ln_2 = nn.LayerNorm(cfg.n_embd, eps=1e-5)
         self.mlp = MLP(cfg)
-        self.packs = False                                          # all its products do: set by place()
+        self.packs = False                                          # place() allows it to be one node: taped() and vjp(), not the modules' forward()
 
     def forward(self, x, last=None):
         """x (B, T, C) -> (B, T, C); or with last (B,), one position of each text -> (B, 1, C), all that a classifier needs of the last block."""
@@ -892,9 +892,10 @@ def place(model, device, dtype, pack=True):
             m.packs = pack and not m.weight.requires_grad and not m.bias.requires_grad
             keep |= {m.weight, m.bias} if m.packs else set()
     for block in model.h:
+        plain = isinstance(block.attn, Attention) and isinstance(block.mlp, MLP)        # no Adapter
         norms = [*block.ln_1.parameters(), *block.ln_2.parameters()]
-        block.packs = (isinstance(block.attn, Attention) and isinstance(block.mlp, MLP) and all(layer.packs for layer in block.layers())
-                       and not any(p.requires_grad for p in norms))
+        block.packs = (plain and all(layer.packs for layer in block.layers()) and not any(p.requires_grad for p in norms)
+                       and hasattr(torch.ops.aten, '_scaled_dot_product_flash_attention_for_cpu'))
     for name, p in model.named_parameters():
         if dtype != torch.float32 and not p.requires_grad and p not in keep:
             model.masters[name] = p.data

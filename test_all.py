@@ -1597,6 +1597,7 @@ def test_packed_lora_is_its_formula():
             y = layer(mine[0])
             y.backward(g.to(torch.bfloat16))
             assert float((y - exact).detach().norm() / exact.detach().norm()) < 0.01, (axis, p)
+            assert torch.equal(mine[0].detach(), x.to(torch.bfloat16))                       # not written over
             for name, t, want in zip('xAB', mine, leaves):
                 assert t.grad.shape == want.shape and float((t.grad - want.grad).norm() / want.grad.norm()) < 0.01, (axis, p, name)
             assert (mask == 0).any() == (p > 0)
