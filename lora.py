@@ -152,7 +152,7 @@ class LoRA(nn.Module):
         rows = x.reshape(*self.A.shape[:-2], -1, x.shape[-1])
         y, at, kept = self.base.pack().product(rows), None, rows
         if p:
-            at, kept = dropped(x.numel(), p, tape.rng), rows if own else rows.clone()
+            at, kept = dropped(x.numel(), p, tape.rng), rows if own else rows.clone(memory_format=torch.contiguous_format)
             kept.view(-1).index_fill_(0, at, 0)
         A, B = (self.A * (self.scale / (1 - p))).to(x.dtype), self.B.to(x.dtype)
         a = kept @ A.transpose(-2, -1)
