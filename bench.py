@@ -45,8 +45,8 @@ from data import UserError
 
 STEPS = data.WINDOW     # training steps of a timed block: so many batches are sorted by length at a time, and padding is that of a long run. Trainer
                         # sorts 50 at a time, longest first: any 50 steps see all lengths
-WARM_UP = 10            # steps of Trainer before them; of ours it is the whole first epoch
-EPOCHS = 5              # of a turn of head and last, whose frozen part need not be computed again after the first
+WARM_UP = 50            # steps of Trainer before them
+EPOCHS = 5              # of our training; the first is its warm-up: there the frozen blocks run, kernels are made for each new shape, and memory grows
 ROWS = dict(eval=3000, gen=96, predict=4000)        # texts, unless --rows says otherwise
 CLASSES = 4             # of gen
 METHODS = dict(lora=['--lora', '--r', '8'], full=['--full'], last=['--last', '1'], head=['--head'], adapter=['--adapter'])
@@ -149,12 +149,6 @@ def timed(run, fed, device):
     return block_of(fed, time.perf_counter() - t0)
 
 
-def plan(args, rows):
-    """-> (steps per epoch, epochs) of our training on so many rows; the first epoch is left out, any other is a block."""
-    epoch = math.ceil(rows / args.batch_size)
-    return epoch, EPOCHS if args.task in ('head', 'last') else 1 + math.ceil(args.steps / epoch)
-
-
 # ------------------------------------------------------------------------------------------------------------------ texts
 
 def rows_flags(args):
@@ -250,10 +244,11 @@ def ours(args, folder):
 
 
 def ours_train(args, folder):
-    """train_cls.py until its last step is logged: the evaluation and the final test after it are not what is measured."""
+    """train_cls.py until its last step is logged: the evaluation and the final test after it are not what is measured. The first epoch is left out,
+    any other is a block."""
     train = training_rows(args, per_class(args))
-    epoch, epochs = plan(args, len(train.y))
-    steps, blocks, log = epoch * epochs, [], gpt.Log
+    epoch = math.ceil(len(train.y) / args.batch_size)
+    steps, blocks, log = epoch * EPOCHS, [], gpt.Log
 
     class Watched(log):
         def __call__(self, *a, **record):
