@@ -1623,7 +1623,8 @@ def test_block_as_one_node():
             assert block.packs
             block.packs = one
         with patched(lora, 'dropped', lambda n, p, rng: torch.arange(int(1 / p), n, 3)), \
-                patched(gpt.Taped, 'apply', lambda x, module, *weights: nodes.append(type(module)) or apply(x, module, *weights)), gpt.autocast(cpu, torch.bfloat16):
+                patched(gpt.Taped, 'apply', lambda x, module, *weights: nodes.append(type(module)) or apply(x, module, *weights)), \
+                gpt.autocast(cpu, torch.bfloat16):
             h = model.hidden(ids)
         (h * torch.linspace(-1, 1, h.numel()).view(h.shape)).sum().backward()
         return [h.detach()] + [w.grad for w in model.parameters() if w.requires_grad], list(nodes)
