@@ -2082,10 +2082,16 @@ def test_graphs_keep_gradients_and_random_numbers():
         assert abs(float(w.grad) - 0.5 * draws[0] * (2 + 2 + 3)) < 1e-5
 
 
-def test_graphs_are_refused():
-    for argv, match in ((['--cuda_graphs', '--device', 'cpu'], 'needs a GPU'),):
+def test_a_device_that_is_not_there_is_refused_before_data_is_read():
+    def read(*args, **flags):
+        raise AssertionError('data is read')
+    with patched(data, 'load', read):
         for main in (train_cls.main, train_gen.main):
-            raises(UserError, main, [*TINY, *argv], match=match)
+            raises(UserError, main, [*TINY, '--device', 'cuda:99'], match='cuda:99')
+            raises(UserError, main, [*TINY, '--device', 'cpu', '--cuda_graphs'], match='needs a GPU')
+
+
+def test_graphs_are_refused():
     for other in ('compile', 'gradient_checkpointing'):
         args = SimpleNamespace(**{**dict(cuda_graphs=True, compile=False, gradient_checkpointing=False), other: True})
         raises(UserError, gpt.check_graphs, args, torch.device('cuda'), match=f'--{other}')

@@ -94,6 +94,8 @@ def parse(argv):
 
 def main(argv=None):
     args, given, saved = parse(argv)
+    device, dtype, reason = gpt.pick_device(args.device, args.dtype)
+    gpt.check_graphs(args, device)
 
     # --- data and base model; a first run that can have neither falls back to the demo ---
     def get():
@@ -112,9 +114,7 @@ def main(argv=None):
 
     train, val = data.tokenize(enc, ds.train.texts), data.tokenize(enc, ds.val.texts)
 
-    # --- what trains, where, and how precisely ---
-    device, dtype, reason = gpt.pick_device(args.device, args.dtype)
-    gpt.check_graphs(args, device)
+    # --- what trains ---
     wrapped = lora.adapt(model, args.method, args.last, args.r, args.alpha, args.dropout, args.targets, args.bottleneck, args.prompt, args.top)
     model.set_dropout(args.trunk_dropout)
     args.out = gpt.from_rank_zero(lambda: args.out or lora.free_folder(args.data, args.method))

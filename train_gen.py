@@ -270,6 +270,8 @@ def fit_calibration(logprobs, log_prior, y):
 
 def main(argv=None):
     args, given, saved = parse(argv)
+    device, dtype, reason = gpt.pick_device(args.device, args.dtype)
+    gpt.check_graphs(args, device)
     if args.out and os.path.isdir(args.out) and data.WRITES:
         with data.locked(args.out):
             for left in glob.glob(os.path.join(glob.escape(args.out), '*.done')):             # killed while a phase's weights were put in place
@@ -354,9 +356,7 @@ def main(argv=None):
         resumed = os.path.normpath(saved['work'] or '')
         phases = [phase for phase in phases if os.path.normpath(work_of(*phase)) == resumed or not done(*phase)]
 
-    # --- what trains, where, and how precisely ---
-    device, dtype, reason = gpt.pick_device(args.device, args.dtype)
-    gpt.check_graphs(args, device)
+    # --- what trains ---
     with torch.device('meta'):                                      # --targets that match nothing end the run before it has a folder
         lora.adapt(GPT(model.cfg), args.method, 0, args.r, args.alpha, args.dropout, args.targets, top=args.top)
     data.make_folder(args.out)
