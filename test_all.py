@@ -1830,6 +1830,21 @@ def test_optimizer_groups():
     assert sum(len(g['params']) for g in opt.param_groups) == 2         # the prompt and the head, nothing frozen
 
 
+def test_clipping_is_that_of_torch():
+    for shift in (0.0, math.nan):
+        for limit in (0.0, 1.0, 1e3):
+            sets = []
+            for clip in (gpt.clip_gradients, lambda params, limit: torch.nn.utils.clip_grad_norm_(params, limit or math.inf)):
+                torch.manual_seed(1)
+                params = [torch.nn.Parameter(torch.zeros(4, 3)), torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(2))]
+                params[0].grad, params[1].grad = torch.randn(3, 4).t() + shift, torch.randn(5)       # one of other strides, and one without
+                sets.append([clip({i: p for i, p in enumerate(params)}.values(), limit), *(p.grad for p in params[:2])])
+                assert params[2].grad is None
+            for a, b in zip(*sets):
+                assert torch.allclose(a, b, rtol=1e-6, equal_nan=True), (shift, limit, a, b)
+            assert math.isnan(shift) or (float(sets[0][1].norm()) < 1) == (limit == 1), 'the limit of 1 alone is below the norm'
+
+
 def test_lr_schedule():
     at = [gpt.lr_at(s, 10, 1.0, 0.2, 'linear') for s in range(10)]
     assert np.allclose(at, [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]), at

@@ -555,7 +555,7 @@ def main(argv=None):
                     loss = loss + part_loss.detach()                                    # a tensor: reading it here would wait for the GPU
                     real, padded = real + int(lengths[part].sum()), padded + batch[0].numel()
                 scaler.unscale_(opt)
-                norm = torch.nn.utils.clip_grad_norm_(params.values(), args.clip or math.inf)
+                norm = gpt.clip_gradients(params.values(), args.clip)
                 losses.append(loss / gpt.ranks() + (0.0 if scaler.is_enabled() else 0.0 * norm))        # not finite if either is not
                 scaler.step(opt)
                 scaler.update()
