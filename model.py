@@ -909,8 +909,8 @@ def make_optimizer(model, lr, weight_decay):
 
 def clip_gradients(params, limit):
     """torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, arXiv 1211.5063): gradients whose norm together is beyond `limit` are scaled down to it;
-    0 = no limit -> that norm (). A CPU takes half as long for dot products as for torch's norms, and need not multiply by 1; a GPU would have
-    to be waited for to know."""
+    0 = no limit -> that norm (). A CPU takes two thirds as long for dot products as for torch's norms, and need not multiply by 1; a GPU would
+    have to be waited for to know."""
     limit, grads = limit or math.inf, [p.grad for p in params if p.grad is not None]
     if any(g.device.type != 'cpu' for g in grads):
         return torch.nn.utils.clip_grad_norm_(params, limit)
