@@ -844,8 +844,6 @@ def pick_device(device='auto', dtype='auto'):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f'--device {device}: {str(e).splitlines()[0]}')
-    if device.type == 'cpu':
-        keep_freed_memory()
     if dtype != 'auto':
         if dtype == 'fp16' and device.type == 'cpu':
             raise UserError('--dtype fp16 needs a GPU; use bf16 or fp32 on a CPU')
@@ -871,6 +869,8 @@ def place(model, device, dtype, pack=True):
     Where Packed.possible, and unless pack is false (torch.compile wants plain weights), frozen matrices stay as they are, and the first
     product packs a copy: what is frozen must not be changed after that."""
     keep = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters()} | {model.prompt}
+    if device.type == 'cpu':
+        keep_freed_memory()                                         # not before: what reading the data needed for a while is handed back
     if device.type == 'cuda' and dtype != torch.float32:
         torch.set_float32_matmul_precision('high')                  # TF32 for what autocast leaves in float32
     model.gathers = device.type != 'cuda'
