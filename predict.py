@@ -1,164 +1,90 @@
 """Classify new text with a trained run.
 
-    python predict.py runs/sst2-lora "a gorgeous, witty film"         texts as arguments
+    python predict.py runs/sst2-lora "a gorgeous, witty film"    texts as arguments
     python predict.py runs/sst2-lora --file in.csv --out out.jsonl --json
-    cat texts.txt | python predict.py runs/sst2-lora                  one text per line; on a terminal, a prompt
-    python predict.py runs/sst2-gen-lora --sample positive            a generative run writes new text
-    python predict.py runs/sst2-lora --export folder                  the merged model, for transformers
+    cat texts.txt | python predict.py runs/sst2-lora    a text per line; a prompt on a terminal
+    python predict.py runs/sst2-gen-lora --sample positive       a generative run writes new text
+    python predict.py runs/sst2-lora --export folder             the merged model, for transformers
 
-RUN may also be a folder that transformers or PEFT wrote.
+RUN may also be a folder written by transformers or PEFT. It may lie anywhere: only the run, its
+base model and the tokenizer are needed.
 """
+
 import html
 import itertools
 import json
 import os
 import sys
 
-import data     # first: its excepthook covers the seconds that torch takes to import
-import numpy as np
+from lib import cli
 
-import lora
-import model as gpt
-from data import UserError
-from eval import softmax
+cli.script(__name__)
 
-CHUNK = 1024        # texts classified together: enough to sort by length and fill batches, little enough for constant memory
+from lib import export, files, ranks, runs, tables
+from lib.explain import PAGE, explain, painted, paragraph
+from lib.files import UserError
+from lib.metrics import softmax
+from lib.tokens import tokenize
 
-
-def explain(run, text):
-    """-> [(token, number)]: what each token does for the predicted class, against the runner-up.
-
-    Generative runs: log P(token | tokens before, class) - log P(token | tokens before, runner-up) in nats, after a first entry for the
-    prior; the numbers sum exactly to the margin of the decision.
-    Discriminative runs: how much the lead (a difference of logits) shrinks when that token alone is left out (Li et al. 2016, arXiv
-    1612.08220): one forward pass per token, exact for every method; negative = the token speaks against the prediction.
-    Tokens beyond --max_length play no part and get no number."""
-    if run.kind == 'gen':
-        ids, terms = run.token_logprobs(text)                           # (n,), (n, K) nats
-        best, second = np.argsort(-(terms.sum(0) + run.log_prior))[:2]
-        prior = float(run.log_prior[best] - run.log_prior[second])
-        return [('P(class)', prior)] + readable(run.enc, ids, (terms[:, best] - terms[:, second]).tolist())
-    ids, limit = data.tokenize(run.enc, [text], cache=False)[0], run.args['max_length']
-    ids = ids[:limit] if run.args['truncate'] == 'head' else ids[-limit:]
-    without = [np.delete(ids, i) if len(ids) > 1 else np.array([run.model.end], ids.dtype) for i in range(len(ids))]
-    every = [ids, *without]
-    logits = run.logits_of(data.Tokens(np.concatenate(every), np.cumsum([0] + [len(x) for x in every])))     # (1 + T, K)
-    best = int(logits[0].argmax())
-    others = np.delete(logits, best, axis=1)                            # (1 + T, K - 1)
-    lead = logits[:, best] - others[:, int(others[0].argmax())]         # (1 + T,) over the runner-up of the whole text
-    return readable(run.enc, ids, (lead[0] - lead[1:]).tolist())
+CHUNK = 1024  # texts per evaluation: enough to sort by length and fill batches, in constant memory
 
 
-def readable(enc, ids, numbers):
-    """[(text, number)] of token ids and their numbers. Tokens that only together make a character are joined, and their numbers added."""
-    out, raw, total = [], b'', 0.0
-    for i, (t, number) in enumerate(zip(ids, numbers)):
-        raw, total = raw + enc.decode_single_token_bytes(int(t)), total + number
-        try:
-            text = raw.decode()
-        except UnicodeDecodeError:
-            if i + 1 < len(ids) and len(raw) < 16:                      # longer: no part of a character, but bytes that are no text
-                continue
-            text = raw.decode('utf-8', 'replace')
-        out.append((text, total))
-        raw, total = b'', 0.0
-    return out
-
-
-def painted(pieces):
-    """Tokens on a terminal: green backs the prediction, red speaks against it, the strength of the colour is the number."""
-    top = max(abs(v) for _, v in pieces) or 1.0
-    out = []
-    for token, v in pieces:
-        level = int(3 * abs(v) / top + 0.5)                             # 0..3: the dark half of the 6 x 6 x 6 colour cube
-        colour = 16 + 6 * level if v > 0 else 16 + 36 * level
-        out.append(f'\033[48;5;{colour}m\033[97m{token}\033[0m' if level else token)
-    return ''.join(out)
-
-
-def paragraph(label, probability, pieces):
-    """The same as a paragraph of HTML; the number of a token shows under the pointer."""
-    top = max(abs(v) for _, v in pieces) or 1.0
-    spans = (f'<span title="{v:+.3f}" style="background:rgba({"0,140,60" if v > 0 else "210,30,30"},{0.75 * abs(v) / top:.2f})">{html.escape(token)}</span>'
-             for token, v in pieces)
-    return f'<p><b>{html.escape(label)}</b> {probability:.4f}<br>{"".join(spans)}</p>\n'
-
-
-PAGE = """<!doctype html>
-<meta charset="utf-8"><title>{title}</title>
-<style>body {{ font: 16px/1.7 sans-serif; max-width: 50em; margin: 2em auto }} span {{ white-space: pre-wrap; border-radius: 3px }}</style>
-<p>Green backs the predicted class, red its runner-up; a token's number shows under the pointer.</p>
-{body}"""
-
-
-def answer(run, texts, args, paragraphs):
-    """-> one output line (or paragraph) per text, in order; explanations for --html are appended to `paragraphs`."""
-    tokens = data.tokenize(run.enc, texts, cache=False)
-    logits = run.logits_of(tokens)                                      # (N, K)
-    probs = softmax(run.calibrated(logits))
-    choice = (logits if run.kind == 'gen' and not args.calibrated else probs).argmax(1)
-    likeness = run.nats_per_token(tokens, logits) if run.kind == 'gen' and not run.answers else None
-    lowest = run.likelihood_quantile(args.ood_quantile) if args.ood_quantile is not None else None
-    for i, (text, p, best) in enumerate(zip(texts, probs, choice)):
-        strange = lowest is not None and likeness[i] < lowest
-        label = run.labels[best] if not strange and (args.threshold is None or p[best] >= args.threshold) else None
-        pieces = explain(run, text) if args.explain else None
-        if args.html:
-            paragraphs.append(paragraph(label or '-', p[best], pieces))
-        if args.json:
-            record = dict(text=text, label=label, probs=dict(zip(run.labels, p.tolist())))
-            if run.kind == 'gen':
-                record['logprobs'] = dict(zip(run.labels, (logits[i] - run.log_prior).tolist()))
-            if likeness is not None:
-                record['nats_per_token'] = float(likeness[i])
-            if pieces is not None:
-                record['explain'] = pieces
-            yield json.dumps(record, ensure_ascii=False)
-            continue
-        flat = ' '.join(text.split())
-        if sys.stdout.isatty() and not args.out and len(flat) > 100:
-            flat = flat[:100] + '...'
-        yield f'{label if label is not None else "-"}\t{p[best]:.4f}\t{flat}'
-        if pieces is not None and not args.html:
-            if sys.stdout.isatty() and not args.out:
-                yield painted(pieces)
-            else:
-                yield '  ' + '  '.join(f'{token!r} {v:+.3f}' for token, v in pieces)
-
-
-def main(argv=None):
-    p = data.Parser(description=__doc__, prog='predict.py')
-    p.add_argument('run', metavar='RUN', help='run folder that a train script wrote, or a GPT-2 classifier of transformers or PEFT')
-    p.add_argument('text', nargs='*', help='texts to classify; without any, --file, a pipe or a prompt')
-    p.add_argument('--file', metavar='IN', help='classify the rows of this .csv, .tsv or .jsonl, or the lines of any other file')
-    p.add_argument('--text_col', metavar='NAME', help='column or key of the text in --file; found by name without it')
-    p.add_argument('--out', metavar='FILE', help='write there instead of to the terminal; complete or not at all')
-    p.add_argument('--json', action='store_true', help='one JSON object per text: text, label, probs; of a generative run logprobs (nats), too')
-    p.add_argument('--threshold', type=data.share, metavar='P', help='give no label (null, or - ) where the best probability is below P')
-    p.add_argument('--explain', action='store_true', help='a number per token: what it does for the decision')
-    p.add_argument('--html', metavar='FILE', help='with --explain: write the explanations there as a page')
-    p.add_argument('--export', metavar='DIR', help='write the run there as a transformers folder, LoRA merged; of a generative run one per class')
-    # generative runs
-    p.add_argument('--calibrated', action='store_true', help='decide by the calibrated probabilities; without it Bayes\' rule decides, and they only inform')
-    p.add_argument('--ood_quantile', type=data.share, metavar='Q', help='no label for a text less likely, per token, than the lowest share Q of the validation texts')
-    p.add_argument('--sample', metavar='CLASS', help='write new texts of that class')
-    p.add_argument('--num', type=data.positive, default=3, help='how many, with --sample')
-    p.add_argument('--temperature', type=data.above_zero, default=1.0, help='below 1: likelier texts, with --sample')
-    p.add_argument('--top_k', type=data.positive, help='choose each token among the K likeliest, with --sample; among all without it')
-    p.add_argument('--seed', type=int, default=0, help='of --sample')
-    # system
-    p.add_argument('--device', default='auto', help='auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps')
-    p.add_argument('--dtype', choices=('auto', 'bf16', 'fp16', 'fp32'), default='auto', help='of the matrix products; auto: the fastest native one')
+def parse(argv):
+    p = cli.Parser(prog='predict.py', description=__doc__)
+    text = 'run folder, or a GPT-2 classifier of transformers or PEFT'
+    p.add_argument('run', metavar='RUN', help=text)
+    p.add_argument('text', nargs='*', help='texts; without any: --file, a pipe, or a prompt')
+    add = cli.group(p, 'input')
+    text = 'classify the rows of a .csv, .tsv or .jsonl file, or the lines of any other file'
+    add('--file', text, metavar='IN')
+    add('--text_col', 'text column or key of --file (default: guessed)', metavar='NAME')
+    add = cli.group(p, 'output')
+    add('--out', 'write there, all or nothing (default: stdout)', metavar='FILE')
+    text = 'a JSON object per text: text, label, probs; of a generative run logprobs (nats)'
+    add('--json', text, bool)
+    text = 'no label (null, or -) if the best probability is below P'
+    add('--threshold', text, cli.share, metavar='P')
+    add('--explain', 'a number per token: its contribution to the decision', bool)
+    add('--html', 'write the explanations there as a page (with --explain)', metavar='FILE')
+    text = (
+        'write the run there for transformers, LoRA merged; of a generative run a folder per class'
+    )
+    add('--export', text, metavar='DIR')
+    add = cli.group(p, 'generative runs')
+    text = "label and probabilities of the calibrated rule (default: of Bayes' rule)"
+    add('--calibrated', text, bool)
+    text = 'no label if the text is less likely per token than this fraction of validation texts'
+    add('--ood_quantile', text, cli.share, metavar='Q')
+    add('--sample', 'write new texts of this class', metavar='CLASS')
+    add('--num', 'number of samples', cli.positive, 3)
+    add('--temperature', 'of sampling; below 1: more likely texts', cli.above_zero, 1.0)
+    add('--top_k', 'sample among the N most likely tokens (default: all)', cli.positive)
+    add('--seed', 'sampling seed', int, 0)
+    add = cli.group(p, 'system')
+    text = 'search here for base model and tokenizer before the cache (default: $NANOCLS_DATA)'
+    add('--data_dir', text, metavar='DIR')
+    add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
+    dtypes = ('auto', 'bf16', 'fp16', 'fp32')
+    add('--dtype', 'matmul precision; auto: the fastest native one', dtypes, 'auto')
+    add('--plain', 'run the plain model, without lib/fast.py', bool)
     args, given = p.parse(argv)
-    for flag, needed in dict(html='explain', num='sample', temperature='sample', top_k='sample', seed='sample').items():
+    check(args, given)
+    return args, given
+
+
+def check(args, given):
+    """Raise UserError for flags that do not fit together, before anything is loaded."""
+    sampling = ('num', 'temperature', 'top_k', 'seed')
+    for flag, needed in dict(html='explain', **dict.fromkeys(sampling, 'sample')).items():
         if flag in given and not getattr(args, needed):
             raise UserError(f'--{flag} does nothing without --{needed}')
-    classifying = given & {'text', 'file', 'text_col', 'json', 'threshold', 'explain', 'html', 'ood_quantile', 'calibrated', 'out'}
+    system = ('data_dir', 'device', 'dtype', 'plain')
+    classifying = sorted(given - {'run', 'export', 'sample', *sampling, *system})
     if args.sample and classifying:
-        raise UserError(f'--sample writes texts and classifies none; leave {sorted(classifying)[0]} out')
-    ignored = given - {'run', 'export'}
+        raise UserError(f'--sample writes new texts only; leave {classifying[0]} out')
+    ignored = sorted(given - {'run', 'export', 'data_dir'})
     if args.export and ignored:
-        raise UserError(f'--export writes a model, in float32, and does nothing else; leave {sorted(ignored)[0]} out')
+        raise UserError(f'--export only writes a model, in float32; leave {ignored[0]} out')
     if args.text and args.file:
         raise UserError('give texts or --file, not both')
     if args.text_col and not args.file:
@@ -167,55 +93,119 @@ def main(argv=None):
         raise UserError(f'--file {args.file}: no such file')
     if args.file and args.out and os.path.realpath(args.file) == os.path.realpath(args.out):
         raise UserError('--file and --out are the same file; write to another one')
+    if ranks.world_size() > 1 and not (args.text or args.file or args.export):
+        raise UserError('several processes cannot share standard input; give texts or --file')
 
+
+def check_run(run, args, given):
+    """Raise UserError for flags that the run cannot serve."""
+    kind = 'a --direct run, which scores the class after the text'
+    refused = ('ood_quantile', 'sample', 'explain') if run.answers else ()
+    if run.kind == 'cls':
+        kind, refused = 'discriminative', ('calibrated', 'ood_quantile', 'sample')
+    for flag in refused:
+        if flag in given:
+            raise UserError(f'--{flag} needs log P(text | class), but {args.run} is {kind}')
+    if args.sample and args.sample not in run.labels:
+        names = ', '.join(run.labels)
+        raise UserError(f'--sample {args.sample}: the classes of {args.run} are {names}')
+
+
+def answer(run, texts, args, paragraphs):
+    """-> output lines for the texts, in order. Appends explanations for --html to `paragraphs`."""
+    tokens = tokenize(run.enc, texts, cache=False)
+    logits = run.logits_of(tokens)  # (N, K)
+    # label and probabilities are of one rule: Bayes' or the calibrated one
+    probs = softmax(run.calibrated(logits) if args.calibrated else logits)
+    likelihood = lowest = None
+    if run.kind == 'gen' and not run.answers:
+        likelihood = run.nats_per_token(tokens, logits)  # (N,)
+    if args.ood_quantile is not None:
+        lowest = run.likelihood_quantile(args.ood_quantile)
+    on_screen = sys.stdout.isatty() and not args.out
+    for i, (text, p, best) in enumerate(zip(texts, probs, probs.argmax(1))):
+        strange = lowest is not None and likelihood[i] < lowest
+        sure = args.threshold is None or p[best] >= args.threshold
+        label = run.labels[best] if sure and not strange else None
+        shown = '-' if label is None else label
+        pieces = explain(run, text, args.calibrated, best) if args.explain else None
+        if args.html:
+            paragraphs.append(paragraph(shown, p[best], pieces))
+        if args.json:
+            record = dict(text=text, label=label, probs=dict(zip(run.labels, p.tolist())))
+            if run.kind == 'gen':
+                record['logprobs'] = dict(zip(run.labels, (logits[i] - run.log_prior).tolist()))
+            if likelihood is not None:
+                record['nats_per_token'] = float(likelihood[i])
+            if pieces is not None:
+                record['explain'] = pieces
+            yield json.dumps(record, ensure_ascii=False)
+            continue
+        flat = ' '.join(text.split())
+        if on_screen and len(flat) > 100:
+            flat = flat[:100] + '...'
+        yield f'{shown}\t{p[best]:.4f}\t{flat}'
+        if pieces is not None and not args.html:
+            plain = '  ' + '  '.join(f'{token!r} {v:+.3f}' for token, v in pieces)
+            yield painted(pieces) if on_screen else plain
+
+
+def prompt(run, args, paragraphs):
+    """Classify what is typed on a terminal until Ctrl-D."""
+    print(f'{args.run}: {", ".join(run.labels)}. Type a text; Ctrl-D ends.')
+    while True:
+        try:
+            text = input('> ')
+        except EOFError:
+            print()
+            return
+        print('\n'.join(answer(run, [text], args, paragraphs)))
+
+
+def texts_of(args):
+    """The texts to classify, one by one."""
+    if args.text:
+        return iter(args.text)
+    if args.file:
+        return tables.read_texts(args.file, args.text_col)
+    sys.stdin.reconfigure(encoding='utf-8', errors='replace')
+    return (line.rstrip('\r\n') for line in sys.stdin)
+
+
+def main(argv=None):
+    args, given = parse(argv)
     if args.export:
-        for folder in lora.export(args.run, args.export):
+        for folder in export.export(args.run, args.export, args.data_dir):
             print(f'wrote {folder}')
         return
-    if gpt.ranks() > 1 and not (args.text or args.file):
-        raise UserError('several processes cannot share standard input; name texts or --file')
-
-    run = lora.open_run(args.run, args.device, args.dtype)
-    for flag in ('calibrated', 'ood_quantile', 'sample', 'explain'):
-        if flag in given and (flag != 'explain' and run.kind == 'cls' or flag != 'calibrated' and run.answers):
-            raise UserError(f'--{flag} needs log P(text | class), which {args.run} does not have: it is ' +
-                            ('discriminative' if run.kind == 'cls' else 'a --direct one, which scores the class behind the text'))
+    run = runs.open_run(args.run, args.device, args.dtype, args.data_dir, args.plain)
+    check_run(run, args, given)
     if args.sample:
-        if args.sample not in run.labels:
-            raise UserError(f'--sample {args.sample}: the classes of {args.run} are {", ".join(run.labels)}')
+        limit, top_k = run.args['max_length'], args.top_k or 0
         for i in range(args.num):
-            print(run.sample(args.sample, run.args['max_length'], args.temperature, args.top_k or 0, args.seed + i), flush=True)
+            seed = args.seed + i
+            print(run.sample(args.sample, limit, args.temperature, top_k, seed), flush=True)
         return
+
     paragraphs = []
-    if not args.text and not args.file and not args.out and sys.stdin.isatty():
-        texts = iter(())
-        print(f'{args.run}: {", ".join(run.labels)}. Type a text; Ctrl-D ends.')
-        while True:
-            try:
-                text = input('> ')
-            except EOFError:
-                print()
-                break
-            print('\n'.join(answer(run, [text], args, paragraphs)))
-    elif args.text:
-        texts = iter(args.text)
-    elif args.file:
-        texts = data.read_texts(args.file, args.text_col)
-    else:
-        sys.stdin.reconfigure(encoding='utf-8', errors='replace')
-        texts = (line.rstrip('\r\n') for line in sys.stdin)
 
     def lines():
+        texts = texts_of(args)
         while chunk := list(itertools.islice(texts, CHUNK)):
             yield from answer(run, chunk, args, paragraphs)
-    if args.out:
-        data.write_atomic(args.out, lambda f: f.writelines(line.encode('utf-8', 'replace') + b'\n' for line in lines()))
+
+    if not args.text and not args.file and not args.out and sys.stdin.isatty():
+        prompt(run, args, paragraphs)
+    elif args.out:
+        encoded = (line.encode('utf-8', 'replace') + b'\n' for line in lines())
+        files.write_atomic(args.out, lambda f: f.writelines(encoded))
     else:
         for line in lines():
             print(line)
     if args.html:
-        data.write_atomic(args.html, PAGE.format(title=html.escape(args.run), body=''.join(paragraphs)))
+        page = PAGE.format(title=html.escape(args.run), body=''.join(paragraphs))
+        files.write_atomic(args.html, page)
 
 
 if __name__ == '__main__':
-    data.cli(gpt.under_torchrun(main))
+    cli.run(ranks.under_torchrun(main))

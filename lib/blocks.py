@@ -1,0 +1,189 @@
+"""A block of GPT-2 computed faster: callables that take the place of a module's forward, with the
+same weights. lib/fast.py puts them into a model where they compute what the plain code computes."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lib.packed import GELU, FastConv1D, FastLoRA, Taped, ThinLoRA, wide
+from lora import Adapter, LoRA
+from model import MLP, Attention, Block, Conv1D
+
+FLASH = '_scaled_dot_product_flash_attention_for_cpu'
+
+
+def make_layer(layer, matrix):
+    """-> what computes a Conv1D or LoRA faster, or None."""
+    if has_hooks(layer):
+        return None
+    if type(layer) is Conv1D and matrix and frozen(layer):
+        return FastConv1D(layer, matrix)
+    if type(layer) is LoRA:
+        base = layer.base
+        packs = matrix and type(base) is Conv1D and frozen(base) and not has_hooks(base)
+        return FastLoRA(layer, matrix) if packs else ThinLoRA(layer)
+    return None
+
+
+def make_block(block, matrix):
+    """-> what computes a Block faster, or None where its parts are not those of model.py."""
+    attn = block.attn.sub if type(block.attn) is Adapter else block.attn
+    mlp = block.mlp.sub if type(block.mlp) is Adapter else block.mlp
+    known = [type(block) is Block, type(attn) is Attention, type(mlp) is MLP]
+    known += [type(ln) is nn.LayerNorm for ln in (block.ln_1, block.ln_2)]
+    if not all(known) or any(map(has_hooks, block.modules())):
+        return None
+    return FastBlock(block, attn, mlp, matrix)
+
+
+def frozen(module):
+    return not any(p.requires_grad for p in module.parameters())
+
+
+def has_hooks(module):
+    kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    return any(getattr(module, kind, None) for kind in kinds)
+
+
+def fast_forward(module):
+    """What speed_up put into the place of a module's forward, or None."""
+    return vars(module).get('forward')
+
+
+def gelu_of(layer, x):
+    """GELU of a layer's output."""
+    if isinstance(layer, (FastConv1D, FastLoRA)):
+        return layer(x, gelu=True)
+    return F.gelu(layer(x), approximate='tanh')
+
+
+class FastAttention:
+    def __init__(self, attn, matrix):
+        self.attn = attn
+        self.c_attn, self.c_proj = (make_layer(m, matrix) or m for m in (attn.c_attn, attn.c_proj))
+
+    def __call__(self, x, last=None):
+        """x (B, T, C) -> the same; with last (B,) positions -> (B, 1, C), those alone."""
+        B, T, C = x.shape
+        qkv = self.c_attn(x)
+        if x.device.type == 'cpu':  # in bfloat16 its kernel takes twice as long, backward six times
+            qkv = qkv.to(wide(qkv.dtype))
+        q, k, v = qkv.split(C, dim=2)
+        mask = None
+        if last is not None:  # one query per text, which sees all up to itself
+            q = q[torch.arange(B, device=x.device), last].unsqueeze(1)  # (B, 1, C)
+            mask = (torch.arange(T, device=x.device) <= last[:, None])[:, None, None]
+        H = self.attn.n_head
+        q, k, v = (t.reshape(B, -1, H, C // H).transpose(1, 2) for t in (q, k, v))
+        p = self.attn.attn_drop.p if self.attn.training else 0.0
+        with torch.autocast(x.device.type, enabled=False):  # else it would round q, k, v again
+            y = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None)
+        return self.attn.resid_drop(self.c_proj(y.transpose(1, 2).reshape(B, -1, C)))
+
+    def taped(self, x, tape):  # (B, T, C) -> the same
+        qkv = self.c_attn.taped(x, tape, own=True).to(wide(x.dtype))
+        q, k, v = qkv.view(*x.shape[:2], 3, self.attn.n_head, -1).unbind(2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, C/H)
+        y, logsumexp = getattr(torch.ops.aten, FLASH)(q, k, v, 0.0, True)
+        tape += q, k, v, y, logsumexp
+        rows = y.transpose(1, 2).reshape(x.shape).to(x.dtype)
+        return self.c_proj.taped(rows, tape, own=rows.dtype != y.dtype)  # a cast copies
+
+    def vjp(self, g, tape, need):
+        g, *last = self.c_proj.vjp(g, tape, True)
+        kept, dtype = tape.take(5), g.dtype
+        B, H, T, D = kept[0].shape
+        g = g.to(wide(dtype)).view(B, T, H, D).transpose(1, 2)
+        grads = getattr(torch.ops.aten, FLASH + '_backward')(g, *kept, 0.0, True)
+        d = torch.empty(B, T, 3, H, D, dtype=dtype)
+        for i, grad in enumerate(grads):  # of q, k, v: rounded on the way to their place
+            d[:, :, i] = grad.transpose(1, 2)
+        dx, *first = self.c_attn.vjp(d.view(B, T, -1), tape, need)
+        return dx, *first, *last
+
+
+class FastMLP:
+    def __init__(self, mlp, matrix):
+        self.mlp = mlp
+        self.c_fc, self.c_proj = (make_layer(m, matrix) or m for m in (mlp.c_fc, mlp.c_proj))
+        self.gelu = GELU(matrix)
+
+    def __call__(self, x):
+        return self.mlp.resid_drop(self.c_proj(gelu_of(self.c_fc, x)))
+
+    def taped(self, x, tape):  # (B, T, C) -> the same
+        x = self.gelu.taped(self.c_fc.taped(x, tape, own=True), tape)
+        return self.c_proj.taped(x, tape, own=True)
+
+    def vjp(self, g, tape, need):
+        g, *last = self.c_proj.vjp(g, tape, True)
+        dx, *first = self.c_fc.vjp(*self.gelu.vjp(g, tape, True), tape, need)
+        return dx, *first, *last
+
+
+class FastBlock:
+    """A Block, its adapters included. If its four layers are packed and its LayerNorms frozen,
+    it is one node of autograd."""
+
+    def __init__(self, block, attn, mlp, matrix):
+        self.block, self.attn, self.mlp = block, FastAttention(attn, matrix), FastMLP(mlp, matrix)
+        self.layers = (self.attn.c_attn, self.attn.c_proj, self.mlp.c_fc, self.mlp.c_proj)
+        self.one_node = (
+            all(isinstance(layer, (FastConv1D, FastLoRA)) for layer in self.layers)
+            and (attn is block.attn and mlp is block.mlp)  # no adapters
+            and frozen(block.ln_1)
+            and frozen(block.ln_2)
+            and hasattr(torch.ops.aten, FLASH)
+        )
+
+    def __call__(self, x, last=None):
+        """x (B, T, C) -> the same; with last (B,), one position of each text -> (B, 1, C): all that
+        a classifier needs of the last block, a quarter of its work."""
+        if last is None and self.one_node and torch.is_grad_enabled() and not self.drops():
+            weights = [w for layer in self.layers for w in layer.weights]
+            if x.requires_grad or weights:
+                return Taped.apply(x, self, *weights)
+        block = self.block
+        h = adapted(block.attn, self.attn(block.ln_1(x), last))
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last].unsqueeze(1)
+        x = x + h
+        return x + adapted(block.mlp, self.mlp(block.ln_2(x)))
+
+    def drops(self):
+        """Does GPT-2's own dropout drop anything?"""
+        attn, mlp = self.attn.attn, self.mlp.mlp
+        p = max(attn.attn_drop.p, attn.resid_drop.p, mlp.resid_drop.p)
+        return self.block.training and p > 0
+
+    def taped(self, x, tape):
+        dtype = self.attn.c_attn.matrix.dtype
+        x = x + self.attn.taped(self.norm(self.block.ln_1, x, tape).to(dtype), tape)
+        return x + self.mlp.taped(self.norm(self.block.ln_2, x, tape).to(dtype), tape)
+
+    def vjp(self, g, tape, need):
+        dtype = self.attn.c_attn.matrix.dtype
+        d, *last = self.mlp.vjp(g.to(dtype), tape, True)
+        g = self.norm_vjp(self.block.ln_2, d, tape).add_(g)
+        d, *first = self.attn.vjp(g.to(dtype), tape, need)
+        dx = self.norm_vjp(self.block.ln_1, d, tape).add_(g) if need else None
+        return dx, *first, *last
+
+    @staticmethod
+    def norm(ln, x, tape):  # (B, T, C)
+        y, mean, rstd = torch.native_layer_norm(x, ln.normalized_shape, ln.weight, ln.bias, ln.eps)
+        tape += x, mean, rstd
+        return y
+
+    @staticmethod
+    def norm_vjp(ln, g, tape):
+        x, mean, rstd = tape.take(3)
+        args = (ln.normalized_shape, mean, rstd, ln.weight, ln.bias, (True, False, False))
+        return torch.ops.aten.native_layer_norm_backward(g.to(x.dtype), x, *args)[0]
+
+
+def adapted(module, h):
+    """h, through the bottleneck of an Adapter if the module is one."""
+    if type(module) is not Adapter:
+        return h
+    return h + module.up(F.gelu(module.down(h), approximate='tanh'))

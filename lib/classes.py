@@ -1,0 +1,131 @@
+"""The classes of a generative run: their folders, the AUC of one, the calibration of all. Called by
+train_gen.py, lib/genrun.py and lib/runs.py."""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lib import files
+from lib.files import UserError
+from lib.rundata import own_data
+from lib.training import log_row
+
+# --- folders ---
+
+
+def folder_names(labels, old):
+    """{label: folder name}: the label, with characters that a file system may not take replaced;
+    all are different even where case does not count. old: the names that exist."""
+    names = dict(old)
+    taken = {'base', 'prefix', 'posterior'} | {name.lower() for name in old.values()}
+    for label in labels:
+        if label not in names:
+            stem = re.sub(r'[^\w-]+', '_', label).strip('_')[:60] or 'class'
+            name, i = stem, 2
+            while name.lower() in taken:
+                name, i = f'{stem}-{i}', i + 1
+            names[label] = name
+            taken.add(name.lower())
+    return {label: names[label] for label in labels}
+
+
+def finished(out, folder):
+    """Is that class trained to its end? Its class.json is written last."""
+    return os.path.isfile(os.path.join(out, folder, 'class.json'))
+
+
+def class_folder(path, info, label):
+    """The folder of a class; checked to be trained to its end, and on the base model of the run."""
+    folder = os.path.join(path, info['folders'][label])
+    record = os.path.join(folder, 'class.json')
+    if not os.path.isfile(record):
+        advice = f'train it with: python train_gen.py --resume --out {path}'
+        raise UserError(f'{path} lacks the class {label!r} (no {record}); {advice}')
+    sha256, wanted = files.read_object(record).get('base'), info['base']['sha256']
+    if sha256 != wanted:
+        problem = f'was trained on another base model (sha256 {str(sha256)[:12]}...) than the rest'
+        advice = f'train it again with: python train_gen.py --class_id "{label}" --out {path}'
+        raise UserError(f'{folder} {problem} of the run ({str(wanted)[:12]}...); {advice}')
+    return folder
+
+
+def promote(done, out):
+    """Move what a phase trained from its folder `done` to its place in the run: its folders, and
+    its log lines, whose steps continue those of the run. A kill at any moment leaves a folder
+    *.done, and promoting that again ends with the same run."""
+    for name in sorted(os.listdir(done)):
+        if os.path.isdir(os.path.join(done, name)):
+            shutil.rmtree(os.path.join(out, name), ignore_errors=True)
+            os.rename(os.path.join(done, name), os.path.join(out, name))
+    log, merged = os.path.join(done, 'log.jsonl'), os.path.join(done, 'merged.jsonl')
+    run_log = os.path.join(out, 'log.jsonl')
+    if os.path.isfile(log):
+        old, new = log_rows(run_log), log_rows(log)
+        steps = old[-1]['step'] if old else 0
+        rows = old + [{**row, 'step': steps + row['step']} for row in new]
+        files.write_atomic(merged, ''.join(json.dumps(row) + '\n' for row in rows))
+        os.remove(log)
+    if os.path.isfile(merged):
+        os.replace(merged, run_log)
+    shutil.rmtree(done)
+
+
+def log_rows(path):
+    """The undamaged rows of a log.jsonl, [] if there is none."""
+    lines = files.read_bytes(path).decode('utf-8', 'replace') if os.path.isfile(path) else ''
+    return [row for row in map(log_row, lines.splitlines()) if row]
+
+
+def leaked(old, args, ds):
+    """Notes for a finished run (old: its run.json) that gets a class from other data: how many of
+    the rows that will judge it were trained on before."""
+    names = ('data', 'seed', 'val', 'test', 'text_col', 'label_col', 'max_samples', 'balance')
+    if 'args' not in old or all(old['args'][name] == getattr(args, name) for name in names):
+        return []
+    try:
+        seen = set(own_data(old, args.data_dir).train.texts)
+    except UserError as e:
+        problem = f'the training rows of the other classes cannot be read any more ({e})'
+        return [f'{problem}; if some of them are test rows now, the results are optimistic']
+    n = sum(text in seen for text in ds.val.texts + ds.test.texts)
+    text = f'{n:,} of the validation and test texts were training rows of the other classes'
+    return [f'{text}: the results may be optimistic'] if n else []
+
+
+# --- numbers ---
+
+
+def auc(scores, positive):
+    """Area under the ROC curve of scores (n,): the fraction of pairs (positive, negative) in which
+    the positive one has the larger score; ties count half. positive (n,) bool."""
+    order = np.sort(scores)
+    below, upto = (np.searchsorted(order, scores, side) for side in ('left', 'right'))
+    ranks = (below + upto + 1) / 2  # 1-based, the mean of ties
+    p, n = positive.sum(), (~positive).sum()
+    return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
+
+
+def fit_calibration(logprobs, log_prior, y):
+    """Temperature scaling (Guo et al. 2017, arXiv 1706.04599) with a bias per class -> tau, b (K,)
+    that minimise the mean of -log softmax(logprobs / tau + log_prior + b)[y] on validation rows,
+    by L-BFGS in float64. A weak pull to tau = 1 and b = 0 keeps them finite on few rows."""
+    x, prior = torch.tensor(logprobs).double(), torch.tensor(log_prior).double()
+    y, a = torch.tensor(y), torch.zeros((), dtype=torch.float64, requires_grad=True)  # a = -log tau
+    b = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    tolerances = dict(tolerance_grad=1e-9, tolerance_change=1e-12)
+    opt = torch.optim.LBFGS([a, b], max_iter=500, line_search_fn='strong_wolfe', **tolerances)
+
+    def closure():
+        opt.zero_grad()
+        fit = F.cross_entropy(x * a.exp() + prior + b, y)
+        loss = fit + 1e-4 * (a**2 + (b**2).sum())
+        loss.backward()
+        return loss
+
+    opt.step(closure)
+    return float(torch.exp(-a.detach())), b.detach().numpy()

@@ -1,0 +1,75 @@
+"""Device and precision: what this machine has, and where the weights go. The scripts and
+lib/runs.py call pick_device() and place()."""
+
+import contextlib
+import os
+
+import torch
+import torch.nn as nn
+
+from lib import ranks
+from lib.files import UserError
+from lib.tensors import give_back
+
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+
+
+def cpu_has_bf16():
+    """Does this CPU multiply bfloat16 natively (AVX512-BF16, AMX)? Emulated, it is slower than
+    float32."""
+    checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
+    return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+def pick_device(device='auto', dtype='auto'):
+    """-> (torch.device, torch.dtype of the matmuls, the reason in words). Raises UserError for what
+    this machine cannot do."""
+    if device == 'auto':
+        mps = torch.backends.mps.is_available()
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    if device == 'cuda' and ranks.world_size() > 1:
+        device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f'--device {device}: {str(e).splitlines()[0]}') from None
+    if dtype != 'auto':
+        if dtype == 'fp16' and device.type == 'cpu':
+            raise UserError('--dtype fp16 needs a GPU; use bf16 or fp32 on a CPU')
+        return device, DTYPES[dtype], 'as asked'
+    if device.type == 'cuda':
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return device, torch.bfloat16, 'this GPU multiplies bfloat16 natively'
+        return device, torch.float16, 'this GPU has no native bfloat16; gradients are scaled'
+    if device.type == 'cpu' and cpu_has_bf16():
+        return device, torch.bfloat16, 'this CPU multiplies bfloat16 natively'
+    if device.type == 'cpu':
+        return device, torch.float32, 'no native bfloat16 here'
+    return device, torch.float32, f'the exact choice on {device.type}'
+
+
+def autocast(device, dtype):
+    """The context in which the model computes: torch.autocast, or nothing in float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def place(model, device, dtype):
+    """Move a model to the device. What trains, LayerNorm and the prompt stay float32. Frozen
+    weights are stored in the compute precision, since autocast would cast them in every step;
+    on a CPU only the embeddings, since matrices stay memory-mapped there (lib/fast.py packs
+    them)."""
+    if device.type == 'cuda' and dtype != torch.float32:
+        torch.set_float32_matmul_precision('high')  # TF32 for what autocast leaves in float32
+    for m in model.modules():
+        embedding, norm = isinstance(m, nn.Embedding), isinstance(m, nn.LayerNorm)
+        rounded = embedding if device.type == 'cpu' else not norm
+        for p in m.parameters(recurse=False):
+            exact = p.requires_grad or p is model.prompt or not rounded
+            before = p.data
+            p.data = before.to(device, torch.float32 if exact else dtype)
+            if p.data is not before:
+                give_back(before)
+    return model

@@ -1,0 +1,197 @@
+"""Files and errors: atomic writes, locks, JSON, the cache folder. Called by everything else."""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+
+
+class UserError(Exception):
+    """A user's mistake: one sentence that says what is wrong, where (file, line, flag) and what to
+    do."""
+
+
+class Unavailable(UserError):
+    """Something has to be downloaded and cannot be."""
+
+
+WRITES = True  # False in all but the first of several ranks: they write nothing but caches
+CLAIMED = {}  # {folder: descriptor} of the folders that this process holds until it ends
+
+
+def cache_dir():
+    """The one folder that downloads and caches are written to."""
+    default = os.path.join('~', '.cache', 'nanocls')
+    return os.path.expanduser(os.environ.get('NANOCLS_CACHE') or default)
+
+
+def cached(rel):
+    return os.path.join(cache_dir(), rel)
+
+
+def cannot_write(path, e):
+    """-> UserError for an OSError"""
+    cache = os.path.join(os.path.abspath(cache_dir()), '')
+    in_cache = os.path.join(os.path.abspath(path), '').startswith(cache)
+    hint = 'set $NANOCLS_CACHE to a folder you can write to' if in_cache else 'choose another place'
+    return UserError(f'cannot write {path} ({e.strerror or e}); {hint}')
+
+
+def make_folder(path):
+    try:
+        os.makedirs(path or '.', exist_ok=True)
+    except OSError as e:
+        raise cannot_write(path, e) from None
+
+
+def write_atomic(path, content, every_rank=False):
+    """Write a file so that at every moment it is either the old one or the new one, complete.
+
+    content: str, bytes, or a function that writes to the binary file it is given.  every_rank: a
+    cache, which all ranks write."""
+    path = os.fspath(path)
+    if not (WRITES or every_rank):
+        if callable(content):  # what it computes may need this rank as well
+            with open(os.devnull, 'wb') as f:
+                content(f)
+        return
+    temp = f'{path}.{os.getpid()}.tmp'  # os.replace is atomic only inside one file system
+    make_folder(os.path.dirname(path))
+    try:
+        with open(temp, 'wb') as f:
+            if callable(content):
+                content(f)
+            else:
+                as_bytes = isinstance(content, bytes)
+                f.write(content if as_bytes else content.encode('utf-8', 'replace'))
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temp, path)
+    except OSError as e:
+        raise cannot_write(path, e) from None
+    finally:
+        if os.path.exists(temp):
+            os.remove(temp)
+
+
+def claim(folder):
+    """Make a folder and hold it against all other processes until release, or as long as this one
+    lives, however it ends. Raises UserError if another process holds it."""
+    make_folder(folder)
+    if WRITES and os.path.realpath(folder) not in CLAIMED:
+        CLAIMED[os.path.realpath(folder)] = lock(folder, 0)
+
+
+def remove_leftovers(folder):
+    """Remove the temporary files that a killed process left in a run folder, in its base/ and in
+    its *.part/: files that write_atomic names NAME.PID.tmp. Called once the folder is accepted."""
+    inside = glob.escape(folder)
+    for pattern in ('*.tmp', os.path.join('base', '*.tmp'), os.path.join('*.part', '*.tmp')):
+        for path in glob.glob(os.path.join(inside, pattern)) if WRITES else ():
+            if re.fullmatch(r'.+\.\d+\.tmp', os.path.basename(path)):
+                with contextlib.suppress(OSError):
+                    os.remove(path)
+
+
+def release(folder):
+    descriptor = CLAIMED.pop(os.path.realpath(folder), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder, patience=60):
+    """Inside, no other process is inside with the same folder. Raises UserError after so many
+    seconds of waiting for one."""
+    needed = WRITES and os.path.realpath(folder) not in CLAIMED
+    descriptor = lock(folder, patience) if needed else None
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def lock(folder, patience):
+    """-> a descriptor that holds the folder until it is closed; None where folders cannot be locked
+    (Windows, some NFS)."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, PermissionError):
+        return None
+    until, waiting = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                os.close(descriptor)
+                hint = 'wait for it, or choose another folder'
+                raise UserError(f'{folder} is in use by another process; {hint}') from None
+            if not waiting:
+                print(f'waiting for another process that writes to {folder}', file=sys.stderr)
+            waiting = True
+            time.sleep(0.05)
+        except OSError:
+            os.close(descriptor)
+            return None
+
+
+def write_json(path, obj):
+    write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False) + '\n')
+
+
+def read_json(path):
+    try:
+        return parse_json(decode(read_bytes(path), path))
+    except ValueError as e:
+        raise UserError(f'{path} is not valid JSON ({e}); restore it or write it again') from None
+
+
+def read_object(path):
+    obj = read_json(path)
+    if not isinstance(obj, dict):
+        raise UserError(f'{path} holds no JSON object; restore it or write it again')
+    return obj
+
+
+def parse_json(text):
+    """json.loads, every complaint of which is a ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError('it is nested too deeply') from None
+
+
+def read_bytes(path):
+    try:
+        with open(path, 'rb') as f:
+            return f.read()
+    except (OSError, ValueError) as e:  # ValueError: a zero byte in the path
+        why = getattr(e, 'strerror', None) or e
+        raise UserError(f'cannot read {path} ({why}); check the path') from None
+
+
+def decode(raw, path):
+    """UTF-8 bytes of a file, with or without a byte order mark -> str"""
+    try:
+        return raw.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        where = f'{path}, line {e.object.count(10, 0, e.start) + 1}'
+        why = f'byte 0x{e.object[e.start]:02x} is not UTF-8; save the file as UTF-8'
+        raise UserError(f'{where}: {why}') from None
+
+
+def sha256_file(path, kind='sha256'):
+    h = hashlib.new(kind)
+    with open(path, 'rb') as f:
+        for block in iter(lambda: f.read(1 << 20), b''):
+            h.update(block)
+    return h.hexdigest()

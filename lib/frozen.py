@@ -1,0 +1,233 @@
+"""Output of the frozen blocks, computed once for all epochs and kept in the cache. train_cls.py
+calls cache(); the model knows nothing of it."""
+
+import copy
+import hashlib
+import os
+import shutil
+import sys
+from types import CodeType, MethodType
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+from lib import files
+from lib.device import autocast
+from lib.files import UserError
+from lib.scoring import in_batches
+from lib.tensors import give_back
+
+VERSION = 2  # of the files; raise it when their content changes
+LIMIT = 8 * 2**30  # bytes of them in the cache: SST-2's are 1.3 GB, those of the head alone 0.2 GB
+
+
+def frozen_depth(model):
+    """Number of blocks, from the first, whose output for a text is the same in every step: nothing
+    trains in them or below, and nothing is dropped."""
+    trains = (model.wte, model.wpe)
+    if model.prompt is not None or model.drop.p or any(map(has_trainables, trains)):
+        return 0
+    trains = [has_trainables(block) for block in model.h]
+    return trains.index(True) if True in trains else len(model.h)
+
+
+def has_trainables(module):
+    return any(p.requires_grad for p in module.parameters())
+
+
+def cache(model, splits, max_length, keep, device, dtype):
+    """splits {name: Tokens} -> Feed, or None where no block is frozen or the rest of the model
+    needs more than their output."""
+    depth = frozen_depth(model)
+    if not depth:
+        return None
+    print(f'caching the output of the {depth} frozen blocks', flush=True)
+    where = (max_length, keep, device, dtype)
+    try:
+        for fresh in (False, True):
+            feed = Feed(model, depth, splits, where, fresh)
+            if feed.agrees(model, next(iter(splits.items())), *where):
+                return feed
+        print('  not used: with it the logits are others')
+    except UserError as e:
+        print(f'  not used: {e}')
+    return None
+
+
+class Feed:
+    """.net(ids, lengths, states) -> logits, as the model(ids, lengths) gives them; .states[name]
+    (index) -> states of those rows of a split."""
+
+    def __init__(self, model, depth, splits, where, fresh):
+        head_only = not any(
+            p.requires_grad for n, p in model.named_parameters() if n[:6] != 'score.'
+        )
+        self.net = Head(model) if head_only else Tail(model, depth)
+        self.states = {
+            n: FrozenStates(self.net, model, t, *where, fresh) for n, t in splits.items()
+        }
+
+    @torch.no_grad()
+    def agrees(self, model, split, max_length, keep, device, dtype):
+        """Are the logits of a few rows those of the model, to rounding?"""
+        (name, tokens), training = split, model.training
+        model.eval()
+        index = np.arange(min(8, len(tokens)))
+        ids, n = data.collate(tokens, index, max_length, keep, model.end, device)
+        with autocast(device, dtype):
+            want, got = model.classify(ids, n).float(), self.net(ids, n, self.states[name](index))
+        model.train(training)
+        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        return bool((want - got.float()).abs().max() <= tolerance * want.abs().max())
+
+
+class Head:
+    """What trains if all blocks and ln_f are frozen: the states are what `score` reads, (B, C)."""
+
+    pooled = True
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, ids, lengths, states):
+        return self.model.score(states)
+
+    def states_of(self, ids, lengths):
+        read = []
+        hook = self.model.score.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+        try:
+            self.model.classify(ids, lengths)
+        finally:
+            hook.remove()
+        if len(read) != 1 or read[0].shape != (len(ids), self.model.cfg.n_embd):
+            raise UserError('the head reads more than one state of a text')
+        return read[0]
+
+
+class Tail:
+    """The model from block `depth` on; the states are what that block reads, (B, T, C)."""
+
+    pooled = False
+
+    def __init__(self, model, depth):
+        self.front, self.tail = part(model, model.h[:depth]), part(model, model.h[depth:])
+        self.front._modules['ln_f'] = nn.Identity()
+
+    def __call__(self, ids, lengths, states):
+        self.tail.embed = lambda *_: states
+        return self.tail.classify(ids, lengths)
+
+    def states_of(self, ids, lengths):
+        return self.front.hidden(ids)
+
+
+def part(model, blocks):
+    """The same model, with these of its blocks alone."""
+    clone = copy.copy(model)
+    clone._modules = {**model._modules, 'h': nn.ModuleList(blocks)}
+    for name, method in vars(model).items():  # of lib/fast.py
+        if isinstance(method, MethodType) and method.__self__ is model:
+            setattr(clone, name, MethodType(method.__func__, clone))
+    return clone
+
+
+class FrozenStates:
+    """states(index (B,), width) -> (B, T, C) float32, T >= width, padded with zeros; or (B, C).
+
+    They are in a file of the cache, in the compute precision ((B, C) in float32),
+    memory-mapped. The file is named after all that they depend on, so the next run over the
+    same finds it."""
+
+    def __init__(self, net, model, tokens, max_length, keep, device, dtype, fresh):
+        lengths = np.minimum(tokens.lengths, max_length)
+        self.pooled, self.device = net.pooled, device
+        self.rows = np.ones_like(lengths) if net.pooled else lengths
+        order = np.argsort(-lengths, kind='stable')  # that of in_batches
+        self.starts = np.empty_like(lengths)
+        self.starts[order] = np.cumsum(self.rows[order]) - self.rows[order]
+        kind = torch.float32 if net.pooled else dtype
+        n, C = int(self.rows.sum()), model.cfg.n_embd
+        size = n * C * kind.itemsize
+        settings = (max_length, keep, net.pooled, kind, dtype, device.type)
+        path = files.cached(f'frozen/{key_of(model, tokens, settings)}.bin')
+
+        def compute(f):
+            def write(ids, lengths, index):
+                x = net.states_of(ids, lengths).to(kind).cpu()
+                for row, count in zip(x, self.rows[index]):
+                    row = row if net.pooled else row[:count]
+                    f.write(row.contiguous().view(torch.uint8).numpy())
+                return x.new_zeros(len(index), 0)
+
+            in_batches(write, model, tokens, max_length, keep, device, dtype, progress=True)
+
+        if fresh or not os.path.isfile(path) or os.path.getsize(path) != size:
+            make_room(os.path.dirname(path), size)
+            files.write_atomic(path, compute, every_rank=True)
+        os.utime(path)  # the most recently used
+        self.flat = torch.from_file(path, size=n * C, dtype=kind).view(n, C)
+
+    def __call__(self, index, width=0):
+        parts = [self.flat[i : i + n] for i, n in zip(self.starts[index], self.rows[index])]
+        if self.pooled:
+            return data.to_device(torch.cat(parts), self.device)
+        x = nn.utils.rnn.pad_sequence(parts, batch_first=True).float()
+        return data.to_device(F.pad(x, (0, 0, 0, max(0, width - x.shape[1]))), self.device)
+
+
+def make_room(folder, size):
+    """Evict the least recently used files of a cache folder until `size` bytes more are within
+    LIMIT. Raises UserError if the disk has less than twice the room."""
+    files.make_folder(folder)
+    with files.locked(folder):
+        paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.bin')]
+        sizes = {p: os.path.getsize(p) for p in sorted(paths, key=os.path.getmtime)}
+        used = sum(sizes.values())
+        for path, taken in sizes.items():
+            if used + size > LIMIT:
+                os.remove(path)
+                used -= taken
+    if 2 * size > shutil.disk_usage(folder).free:
+        raise UserError(f'{folder} has no room for {size / 2**30:.1f} GB')
+
+
+# --- the name of a file ---
+
+
+def key_of(model, tokens, settings):
+    """Hash of all that the states depend on: settings, code, frozen weights, texts."""
+    h = hashlib.sha256(repr((VERSION, model.cfg, settings, code_of(model))).encode())
+    weights = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    for name, t in {**weights, **dict(model.named_buffers())}.items():
+        h.update(name.encode())
+        h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        give_back(t)
+    h.update(tokens.flat)
+    h.update(tokens.starts)
+    return h.hexdigest()[:32]
+
+
+def code_of(model):
+    """Hash of the code of the model: its classes, and the functions of the files they are from."""
+    classes = {c for m in model.modules() for c in type(m).__mro__}
+    classes = {c for c in classes if c.__module__.split('.')[0] not in ('torch', 'builtins')}
+    owners = [sys.modules.get(name) for name in {c.__module__ for c in classes}]
+    found = [(c.__qualname__, vars(c)) for c in classes]
+    found += [(m.__name__, vars(m)) for m in owners if m]
+    h = hashlib.sha256()
+    for name, members in sorted(found, key=lambda item: item[0]):
+        for key, f in sorted(members.items()):
+            f = getattr(f, 'fget', None) or getattr(f, '__func__', f)
+            if isinstance(getattr(f, '__code__', None), CodeType):
+                defaults = (f.__defaults__, f.__kwdefaults__)
+                h.update(repr((name, key, defaults, flattened(f.__code__))).encode())
+    return h.hexdigest()
+
+
+def flattened(code):
+    """A code object without its line numbers and file name."""
+    consts = [flattened(c) if isinstance(c, CodeType) else c for c in code.co_consts]
+    return code.co_code, code.co_names, code.co_varnames, consts

@@ -1,0 +1,69 @@
+"""Flags of train_gen.py that come from a run that exists: --resume, and --class_id with its --out.
+Called by train_gen.py."""
+
+import glob
+import os
+
+from lib import cli, runfolder
+from lib.files import UserError
+from lib.resume import load_resume
+
+POSTERIOR = ('posterior_steps', 'likelihood_share', 'posterior_lr')
+ALIKE = ('model', 'scratch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'max_length', 'keep')
+ALIKE += ('r', 'alpha', 'targets', 'top')  # all classes of a run have the same
+
+
+def resume(args, given):
+    """What parse returns, of the interrupted run in --out; without a resume.pt of a run that lacks
+    classes or its final test."""
+    if not args.out:
+        raise UserError('--resume needs --out, the folder of the run to resume')
+    inside = glob.escape(args.out)
+    states = glob.glob(os.path.join(inside, '*.part', 'resume.pt'))
+    states += glob.glob(os.path.join(inside, 'resume.pt'))
+    if states:  # several if classes were trained by processes of their own: the first
+        work = os.path.dirname(min(states))
+        saved = load_resume(work)
+        return cli.resumed(args, given, saved['args']), set(), {**saved, 'work': work}
+    info = runfolder.read_run(args.out)
+    if info.get('kind') != 'gen':
+        raise UserError(f'{args.out} was trained by train_cls.py; resume it with that')
+    later = given & {*POSTERIOR}  # a finished run may continue with the posterior
+    if later and info['method'] not in ('lora', 'prefix'):
+        method = f'{args.out} is one of --{info["method"]}'
+        raise UserError(f'--posterior_steps needs a run of --lora or --prefix, and {method}')
+    old = {**info.get('pending', info['args']), **{name: getattr(args, name) for name in later}}
+    return cli.resumed(args, given - later, {**old, 'class_id': None}), set(), dict(work=None)
+
+
+def inherit(args, given):
+    """--class_id on an existing run: flags that were not typed are those of the run; those that all
+    its classes share must be the same."""
+    info = runfolder.read_run(args.out)
+    if info.get('kind') != 'gen' or info['method'] not in ('lora', 'full'):
+        raise UserError(
+            f'--class_id: {args.out} is no generative run of --lora or --full, so it has no class '
+            'that can be trained alone'
+        )
+    if given & {'lora', 'full'} and args.method != info['method']:
+        method = f'{args.out} was trained with --{info["method"]}'
+        raise UserError(f'--{args.method}: {method}; its classes must be alike')
+    old = info.get('pending', info['args'])
+    strange = cli.strange_flags(args, old)
+    if strange:
+        problem = f'is damaged: its flag --{strange[0]} is malformed'
+        raise UserError(f'{args.out}/run.json {problem}; restore the file, or train again')
+    for name, value in old.items():
+        if name in ('class_id', 'resume', 'out', 'posterior_steps', 'posterior_lr'):
+            continue
+        if name not in given:
+            setattr(args, name, value)
+        elif name in ALIKE:
+            typed = getattr(args, name)
+            if (typed.split(',') if name == 'targets' else typed) != value:
+                others = f'the other classes of {args.out} have {value}'
+                raise UserError(f'--{name} {typed}: {others}, and all must be alike')
+    args.targets = ','.join(args.targets) if isinstance(args.targets, list) else args.targets
+    given.update(('data', 'model'))  # those of the run, not the defaults
+    if 'max_steps' in given:
+        args.epochs = None

@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM in a training run: the loop ends after its step, and the run can be resumed.
+Called by both train scripts."""
+
+import contextlib
+import signal
+import sys
+
+from lib import ranks
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM inside Interrupt.evaluation()."""
+
+
+class Interrupt:
+    """.requested: stop after this step.  .evaluating: an evaluation is running or was cut short."""
+
+    requested = evaluating = False
+
+    def note(self, signum, frame):
+        """Signal handler. A second Ctrl-C ends at once; not under torchrun, which passes on every
+        signal that its processes have seen already."""
+        if self.requested and ranks.world_size() == 1:
+            raise KeyboardInterrupt
+        if self.requested:
+            return
+        self.requested = True
+        what = 'stopping the evaluation' if self.evaluating else 'finishing this step'
+        again = 'once more to stop at once without saving'
+        print(f'\ninterrupted: {what}, then saving ({again})', file=sys.stderr)
+        if self.evaluating:
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def evaluation(self):
+        """Inside, an interrupt raises Interrupted. Several ranks finish it: they exchange results
+        and must all get there."""
+        self.evaluating = ranks.world_size() == 1
+        if self.evaluating and self.requested:
+            raise Interrupted
+        yield
+        self.evaluating = False
+
+
+@contextlib.contextmanager
+def interruptible():
+    """Inside, Ctrl-C and SIGTERM set `requested` of the Interrupt that it yields, and the loop
+    ends after its step. An evaluation that is interrupted ends the body."""
+    interrupt = Interrupt()
+    before = {s: signal.signal(s, interrupt.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    except Interrupted:
+        pass
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def interrupted(command, out, step, max_steps):
+    """Say how to resume. -> exit code"""
+    how = f'resume with: python {command} --resume --out {out}'
+    print(f'\ninterrupted after step {step} of {max_steps}; {how}', file=sys.stderr)
+    return 130

@@ -1,0 +1,141 @@
+"""Numbers about predictions: arrays in, plain numbers out. Called by eval.py and both train
+scripts; lib/report.py and lib/plots.py show what it returns."""
+
+import math
+
+import numpy as np
+
+
+def divide(a, b):
+    """a / b of arrays, 0 where b is 0 (scikit-learn's zero_division=0)."""
+    return np.divide(a, b, out=np.zeros(len(b)), where=b > 0)
+
+
+def softmax(logits):
+    """Logits (N, K) -> probabilities (N, K) in float64."""
+    e = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def reliability(probs, y, bins=15):
+    """Rows by their top probability, in bins ((i-1)/15, i/15]
+    -> count, mean top probability, accuracy, each (bins,)."""
+    top = probs.max(1)  # (N,)
+    index = np.clip(np.ceil(top * bins).astype(int) - 1, 0, bins - 1)  # (N,) bin of each row
+    right, count = (probs.argmax(1) == y).astype(float), np.bincount(index, minlength=bins)
+    mean, accuracy = (divide(np.bincount(index, x, bins), count) for x in (top, right))
+    return count, mean, accuracy
+
+
+def metrics(probs, y, labels, seed=0, pred=None):
+    """All numbers about one set of predictions, as a dict for JSON.
+
+    probs (N, K), or None if only labels were predicted (then nll, brier and ece are None);
+    y (N,) class ids; labels: K names; pred (N,) predicted ids, -1 = no answer (counts as wrong),
+    default the most probable class.
+    macro_f1    mean over the classes in y or pred (like scikit-learn); weighted_f1: by rows in y
+    mcc         multi-class Matthews correlation (Gorodkin 2004); no answer is one more class
+    nll         nats per text, mean of -log p(true class)
+    brier       mean over texts of the SUM over classes of (p - truth)^2: 0 to 2, for two classes
+                twice the one-sided score
+    ece         expected calibration error of the top class, 15 bins of equal width (Guo et al.
+                2017, arXiv 1706.04599)
+    ci95        95 % percentile bootstrap interval of the accuracy. The number right among n
+                resampled rows is Binomial(n, accuracy): drawn 10,000 times instead of the rows.
+                A point at accuracy 0 or 1.
+    majority_accuracy   of always answering the most frequent class in y
+    coverage    fraction of texts with an answer
+    confusion   rows = truth, columns = prediction, in the order of labels; without unanswered texts
+    """
+    y, n, k = np.asarray(y), len(y), len(labels)
+    if probs is not None:
+        probs = np.asarray(probs, dtype=np.float64)  # (N, K)
+    assert n > 0 and (probs is None or probs.shape == (n, k)), (n, k)
+    pred = probs.argmax(1) if pred is None else np.asarray(pred)
+    answered = pred >= 0
+    confusion = np.bincount(y[answered] * k + pred[answered], minlength=k * k).reshape(k, k)
+    support = np.bincount(y, minlength=k)
+    m, per_class = scores(confusion, support, labels)
+    draws = np.random.default_rng(seed).binomial(n, m['accuracy'], 10000) / n
+    m.update(dict(nll=None, brier=None, ece=None) if probs is None else quality(probs, y))
+    m.update(
+        n=n,
+        majority_accuracy=float(support.max() / n),
+        ci95=np.percentile(draws, [2.5, 97.5]).tolist(),
+        coverage=float(answered.mean()),
+        per_class=per_class,
+        confusion=confusion.tolist(),
+    )
+    return m
+
+
+def scores(confusion, support, labels):
+    """Confusion matrix (K, K), rows of each true class (K,)
+    -> accuracy, macro_f1, weighted_f1, mcc; {label: precision, recall, f1, support}."""
+    n, hit, predicted = support.sum(), np.diag(confusion).astype(float), confusion.sum(0)
+    precision, recall = divide(hit, predicted), divide(hit, support)
+    f1, accuracy = divide(2 * hit, predicted + support), hit.sum() / n
+    p = np.append(predicted, n - confusion.sum()) / n  # (K + 1,) fraction of each prediction
+    t = support / n  # (K,) fraction of each true class
+    spread = (1 - p @ p) * (1 - t @ t)
+    m = dict(
+        accuracy=accuracy,
+        macro_f1=f1[predicted + support > 0].mean(),
+        weighted_f1=f1 @ t,
+        mcc=(accuracy - p[:-1] @ t) / math.sqrt(spread) if spread > 1e-15 else 0.0,
+    )
+    keys = ('precision', 'recall', 'f1', 'support')
+    rows = zip(precision.tolist(), recall.tolist(), f1.tolist(), support.tolist())
+    per_class = {label: dict(zip(keys, row)) for label, row in zip(labels, rows)}
+    return {name: float(value) for name, value in m.items()}, per_class
+
+
+def quality(probs, y):
+    """nll, brier and ece of probabilities (N, K) for classes y (N,); see metrics()."""
+    n, k = probs.shape
+    count, top, right = reliability(probs, y)
+    p = np.maximum(probs[np.arange(n), y], np.finfo(np.float64).tiny)  # (N,) of the true class
+    return dict(
+        nll=float(-np.log(p).mean()),
+        brier=float(((probs - np.eye(k)[y]) ** 2).sum(1).mean()),
+        ece=float(count @ np.abs(right - top) / n),
+    )
+
+
+def run_metrics(run, logits, y, labels, calibrated=False):
+    """Logits (N, K) of an opened run, columns in the run's order; y (N,) in the order of `labels`
+    -> metrics(), probs (N, K) in that order, pred (N,).
+
+    The probabilities of a generative run are the calibrated ones; its predictions follow Bayes'
+    rule, or the calibrated probabilities if `calibrated`. 'uncalibrated' holds its nll, brier and
+    ece before calibration."""
+    order = [run.labels.index(name) for name in labels]
+    probs, logits = softmax(run.calibrated(logits))[:, order], logits[:, order]
+    if run.kind == 'cls':
+        return metrics(probs, y, labels), probs, probs.argmax(1)
+    pred = (probs if calibrated else logits).argmax(1)
+    m, raw = metrics(probs, y, labels, pred=pred), metrics(softmax(logits), y, labels)
+    m['uncalibrated'] = {key: raw[key] for key in ('nll', 'brier', 'ece')}
+    return m, probs, pred
+
+
+def compare(first, other, seed=0):
+    """Is `other` better than `first`? Two bool arrays (N,) over the same rows: which rows each of
+    them got right.
+
+    McNemar's test on the rows that only one got right: exact binomial below 25 such rows, else
+    chi-squared with continuity correction. ci95: paired bootstrap interval of the accuracy
+    difference. A resampled row is of one of three kinds (only first right, only other right, the
+    rest), so their counts are Multinomial: drawn 10,000 times instead of the rows."""
+    n, a, b = len(first), int((first & ~other).sum()), int((other & ~first).sum())
+    if a + b < 25:
+        tail = sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)
+        test, p = 'exact binomial', min(1.0, 2 * tail)
+    else:
+        chi2 = max(abs(a - b) - 1, 0) ** 2 / (a + b)
+        test, p = 'chi-squared', math.erfc(math.sqrt(chi2 / 2))  # upper tail, 1 degree of freedom
+    draws = np.random.default_rng(seed).multinomial(n, [a / n, b / n, (n - a - b) / n], 10000)
+    ci95 = np.percentile((draws[:, 1] - draws[:, 0]) / n, [2.5, 97.5]).tolist()
+    return dict(
+        difference=(b - a) / n, ci95=ci95, only_first_right=a, only_other_right=b, test=test, p=p
+    )

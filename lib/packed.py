@@ -1,0 +1,283 @@
+"""Kernels for frozen matrices on a CPU: oneDNN's packed products in bfloat16, GELU, and
+LoRA on top of them, each with a hand-written backward. lib/fast.py puts them into a model."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from lib import dropout
+from lib.device import cpu_has_bf16
+from lib.tensors import give_back
+
+
+class Packed:
+    """A frozen matrix W (in, out) with bias (out,) or None, in bfloat16 and in the blocks that
+    oneDNN's kernels read, as torch.compile packs the weights of an inference graph; with row-major
+    weights every call repacks them, 20 % of its time."""
+
+    dtype = torch.bfloat16
+
+    def __init__(self, W, bias=None, backward=True):
+        """backward: keep W, to pack it for gradient() as well when one is asked for."""
+        self.W = W if backward else None
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        self.blocks, self.backward_blocks = self.pack(W.t()), None
+        give_back(W)
+
+    @staticmethod
+    def possible(device, dtype):
+        """Can this torch pack, and does it pay on this processor?"""
+        ops = ('_reorder_linear_weight', '_linear_pointwise')
+        return (
+            device.type == 'cpu'
+            and dtype == torch.bfloat16
+            and torch.backends.mkldnn.is_available()
+            and cpu_has_bf16()
+            and all(hasattr(torch.ops.mkldnn, op) for op in ops)
+        )
+
+    @staticmethod
+    def pack(W):  # (out, in) -> opaque
+        return torch.ops.mkldnn._reorder_linear_weight(W.detach().to(torch.bfloat16).contiguous())
+
+    def product(self, x, gelu=False):
+        """x (..., in) -> x W + b (..., out); gelu: GELU of it, applied before it is rounded."""
+        post = ('gelu', [], 'tanh') if gelu else ('none', [], '')
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, *post)
+
+    def gradient(self, g):
+        """Gradient of the product (..., out) -> of x (..., in)."""
+        if self.backward_blocks is None:
+            self.backward_blocks = self.pack(self.W)
+            give_back(self.W)
+        return torch.ops.mkldnn._linear_pointwise(g, self.backward_blocks, None, 'none', [], '')
+
+    @classmethod
+    def gelu(cls, x):
+        """GELU (tanh form) by oneDNN, three times as fast as torch's; torch reaches it only after a
+        product, here one with the identity."""
+        if x.shape[-1] % 16:
+            return F.gelu(x, approximate='tanh')
+        post = ('gelu', [], 'tanh')
+        y = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, 16), identity(), None, *post)
+        return y.view(x.shape)
+
+
+@functools.lru_cache(None)
+def identity():
+    return Packed.pack(torch.eye(16))
+
+
+class Unpacked:
+    """The same by plain products in float64: the formulas are checked with it on any CPU."""
+
+    dtype = torch.float64
+
+    def __init__(self, W, bias=None, backward=True):
+        self.W, self.bias = W.detach().to(self.dtype), bias
+        if bias is not None:
+            self.bias = bias.detach().to(self.dtype)
+
+    def product(self, x, gelu=False):
+        y = F.linear(x, self.W.t(), self.bias)
+        return F.gelu(y, approximate='tanh') if gelu else y
+
+    def gradient(self, g):
+        return g @ self.W.t()
+
+    @staticmethod
+    def gelu(x):
+        return F.gelu(x, approximate='tanh')
+
+
+# --- one node of autograd ---
+
+
+class Tape(list):
+    """Tensors that a forward pass leaves for the backward pass, which takes them from the end."""
+
+    def take(self, n):
+        taken = self[-n:]
+        del self[-n:]
+        return taken
+
+    @functools.cached_property
+    def rng(self):
+        return dropout.generator()
+
+
+class Taped(torch.autograd.Function):
+    """One node of autograd for a part of the model, up to a whole block: part.taped(x, tape)
+    computes; part.vjp(g, tape, need) returns the gradients of x (None if there is no need) and of
+    the weights. The autograd overhead of ~100 small nodes is 5 % of a step."""
+
+    @staticmethod
+    def forward(ctx, x, part, *weights):
+        tape, ctx.part = Tape(), part
+        y = part.taped(x, tape)
+        ctx.save_for_backward(*tape)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        dx, *rest = ctx.part.vjp(g, Tape(ctx.saved_tensors), ctx.needs_input_grad[0])
+        return dx, None, *rest
+
+
+def wide(dtype):
+    """The precision of sums and of the residual stream: float32, or float64 in a check."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class GELU:
+    """GELU (tanh form) with a backward, of the output of a packed product."""
+
+    def __init__(self, matrix):
+        self.matrix = matrix
+
+    def taped(self, x, tape):
+        tape.append(x)
+        return self.matrix.gelu(x)
+
+    def vjp(self, g, tape, need):
+        return (torch.ops.aten.gelu_backward(g, *tape.take(1), approximate='tanh'),)
+
+
+# --- layers: callables that take the place of a module's forward ---
+
+
+class FastConv1D:
+    """Conv1D that is frozen. matrix: Packed or Unpacked."""
+
+    weights = ()  # what trains, besides x
+
+    def __init__(self, conv, matrix):
+        self.conv, self.matrix, self.gelu, self.packed = conv, matrix, GELU(matrix), None
+
+    def pack(self):
+        """-> Packed, made once, when it is first needed."""
+        if self.packed is None:
+            self.packed = self.matrix(self.conv.weight, self.conv.bias)
+        return self.packed
+
+    def __call__(self, x, gelu=False):  # (..., in) -> (..., out); gelu: GELU of it
+        x = x.to(self.matrix.dtype)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.pack().product(x, gelu)
+        y = Taped.apply(x, self)
+        return Taped.apply(y, self.gelu) if gelu else y
+
+    def taped(self, x, tape, own=False):  # own: nobody else holds x, it may be overwritten
+        return self.pack().product(x)
+
+    def vjp(self, g, tape, need):
+        return (self.packed.gradient(g) if need else None,)
+
+
+class FastLoRA:
+    """LoRA on top of a packed Conv1D."""
+
+    def __init__(self, lora, matrix):
+        self.lora, self.matrix, self.gelu = lora, matrix, GELU(matrix)
+        self.base, self.folded = FastConv1D(lora.base, matrix), None
+
+    @property
+    def weights(self):
+        return self.lora.A, self.lora.B
+
+    def __call__(self, x, gelu=False):
+        x = x.to(self.matrix.dtype)
+        if self.folds(x, gelu):
+            return self.fold(x, gelu)
+        y = Taped.apply(x, self, *self.weights)
+        return Taped.apply(y, self.gelu) if gelu else y
+
+    def folds(self, x, gelu):
+        """Is fold() to be used? While nothing trains, and for K classes if their updates are thin
+        enough for it to pay."""
+        lora, (A, B) = self.lora, self.weights
+        trains = A.requires_grad or B.requires_grad or (lora.training and lora.p)
+        thin = A.dim() == 2 or len(A) * A.shape[1] <= A.shape[2] // (4 if gelu else 16)
+        return thin and not trains and not (torch.is_grad_enabled() and x.requires_grad)
+
+    def fold(self, x, gelu):
+        """The layer as one packed product, GELU included. One update: W + scale (B A)^T, summed in
+        float32 and rounded once. K classes: x W + (x A^T) B^T is (x, x A^T) times W on top of B^T;
+        below W are all classes' B^T, and a row has zeros for those of the others."""
+        (A, B), conv = self.weights, self.lora.base
+        k, r, n_in = len(A) if A.dim() == 3 else 0, *A.shape[-2:]
+        if self.folded is None:
+            W, down, mask = conv.weight.detach(), None, None
+            if k:
+                W = torch.cat((W, B.transpose(1, 2).flatten(0, 1).to(W.dtype)))  # (in + K r, out)
+                down = (
+                    (A * self.lora.scale).reshape(-1, n_in).t().to(self.matrix.dtype)
+                )  # (in, K r)
+                mask = torch.eye(k, dtype=self.matrix.dtype).repeat_interleave(r, 1)[:, None]
+            else:
+                W = W + self.lora.delta()
+            folded = self.matrix(W, conv.bias, backward=False), down, mask
+            give_back(conv.weight)
+            self.folded = folded  # last: other threads test it
+        matrix, down, mask = self.folded
+        if k:
+            rows = torch.empty(x.numel() // n_in, n_in + k * r, dtype=self.matrix.dtype)
+            rows[:, :n_in] = x.reshape(-1, n_in)
+            thin = (rows[:, :n_in] @ down).view(k, -1, k * r) * mask
+            rows[:, n_in:] = thin.view(-1, k * r)
+            x = rows.view(*x.shape[:-1], -1)
+        return matrix.product(x, gelu)
+
+    def taped(self, x, tape, own=False):  # scale and dropout's 1 / (1 - p) are part of A
+        p = self.lora.p if self.lora.training else 0.0
+        rows = x.reshape(*self.lora.A.shape[:-2], -1, x.shape[-1])
+        y, positions, kept = self.base.pack().product(rows), None, rows
+        if p:
+            positions = dropout.dropped(x.numel(), p, tape.rng)
+            kept = rows if own else rows.clone(memory_format=torch.contiguous_format)
+            kept.view(-1).index_fill_(0, positions, 0)
+        A = (self.lora.A * (self.lora.scale / (1 - p))).to(x.dtype)
+        B = self.lora.B.to(x.dtype)
+        a = kept @ A.mT
+        tape += kept, a, A, B, positions
+        y = y.addmm_(a, B.t()) if y.dim() == 2 else y.baddbmm_(a, B.mT)
+        return y.view(*x.shape[:-1], -1)
+
+    def vjp(self, g, tape, need):
+        kept, a, A, B, positions = tape.take(5)
+        rows = g.reshape(*self.lora.A.shape[:-2], -1, g.shape[-1])
+        da, dx, scale = rows @ B, None, self.lora.scale
+        scale = scale if positions is None else scale / (1 - self.lora.p)
+        dA = (da.mT @ kept).to(wide(g.dtype)).mul_(scale)
+        # contiguous: else it is copied twice
+        dB = (a.mT @ rows).mT.to(wide(g.dtype), memory_format=torch.contiguous_format)
+        if need:
+            dx, update = self.base.packed.gradient(rows), da @ A
+            if positions is not None:
+                update = update.view(-1).index_fill_(0, positions, 0).view(kept.shape)
+            dx = dx.add_(update).view(*g.shape[:-1], -1)
+        return dx, dA, dB
+
+
+class ThinLoRA:
+    """LoRA around a layer that is not packed: the sum costs no pass of its own, and dropout on
+    a CPU is drawn by its gaps."""
+
+    def __init__(self, lora):
+        self.lora = lora
+
+    def __call__(self, x):
+        A, B = self.lora.A, self.lora.B
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # rounded once, before the mask
+        y = self.lora.base(x)
+        x = x.to(y.dtype)
+        if self.lora.p and self.lora.training:
+            x = dropout.dropout(x, self.lora.p)
+        if A.dim() == 2:
+            a = F.linear(x, A) * self.lora.scale  # (..., r)
+            return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), B.t()).view(y.shape)
+        rows = x.reshape(len(A), -1, x.shape[-1])  # (K, n / K, in)
+        a = torch.bmm(rows, A.mT.to(x.dtype)) * self.lora.scale
+        return torch.baddbmm(y.view(len(A), -1, y.shape[-1]), a, B.mT.to(y.dtype)).view(y.shape)

@@ -1,0 +1,122 @@
+"""PNGs for `eval.py --plot DIR`: training curves, confusion matrix, reliability (matplotlib)."""
+
+import io
+import os
+
+import numpy as np
+
+from lib import files
+from lib.files import UserError
+from lib.metrics import divide, reliability
+from lib.report import short
+
+DOTS = dict(marker='o', ms=4)
+
+
+def figure_class():
+    """matplotlib's Figure: draws with Agg and opens no window."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('--plot needs matplotlib: pip install matplotlib') from None
+    return Figure
+
+
+def read_log(path):
+    """log.jsonl -> {key: (steps, values)}. The last line counts for a step that was logged again
+    after a resume."""
+    from lib.training import log_row  # here: it imports torch
+
+    series = {}
+    with open(path, encoding='utf-8', errors='replace') as f:
+        for line in f:
+            row = log_row(line) or {}  # None: a line cut off by a kill
+            for key in ('loss', 'val_loss', 'val_accuracy', 'val_auc'):
+                if type(row.get(key)) in (int, float):
+                    series.setdefault(key, {})[row['step']] = row[key]
+    return {key: tuple(zip(*sorted(points.items()))) for key, points in series.items()}
+
+
+def plot(folder, names, labels, y, every, results, logs):
+    """Write curves.png (if there are logs), confusion.png and reliability.png (if there are
+    probabilities) -> their paths. every: probs (N, K) or None of each run; y (N,) class ids;
+    results: metrics() of each run; logs: read_log() of each run, {} without one."""
+    names, figures = [short(name, 28) for name in names], {}
+    if any(logs):
+        figures['curves.png'] = curves(names, logs)
+    figures['confusion.png'] = confusion(names, [short(label, 18) for label in labels], results)
+    if every[0] is not None:
+        figures['reliability.png'] = calibration(names, y, every, results)
+    for name, fig in figures.items():
+        png = io.BytesIO()
+        # tight: square axes can stick out of the figure
+        fig.savefig(png, dpi=150, format='png', bbox_inches='tight')
+        files.write_atomic(os.path.join(folder, name), png.getvalue())
+    return [os.path.join(folder, name) for name in figures]
+
+
+def curves(names, logs):
+    """Loss and validation accuracy by step, one colour per run."""
+    fig = figure_class()(figsize=(10, 4), layout='constrained')
+    left, right = fig.subplots(1, 2)
+    for i, (name, log) in enumerate(zip(names, logs)):
+        left.plot([], [], color=f'C{i}', label=name)  # the legend's line, whatever the log holds
+        if 'loss' in log:
+            left.plot(*log['loss'], color=f'C{i}', alpha=0.4, lw=1)
+        if 'val_loss' in log:
+            left.plot(*log['val_loss'], color=f'C{i}', **DOTS)
+        for key in ('val_accuracy', 'val_auc'):
+            if key in log:
+                right.plot(*log[key], color=f'C{i}', **DOTS)
+    by_class = any('val_auc' in log for log in logs)  # classes of a generative run, in sequence
+    unit, score = 'nats per text', 'accuracy'
+    if by_class:
+        unit, score = unit + ' (class: per token)', score + ' (class: area under ROC)'
+    left.set(xlabel='step', ylabel=unit, title='loss (pale: training, dots: validation)')
+    right.set(xlabel='step', ylabel=score, title='validation accuracy')
+    left.grid(alpha=0.3)
+    right.grid(alpha=0.3)
+    fig.legend(loc='outside lower center', fontsize=8, ncols=3)
+    return fig
+
+
+def confusion(names, ticks, results):
+    """A confusion matrix per run, coloured by row fractions so that rare classes show."""
+    k, columns, lines = len(ticks), min(3, len(names)), -(-len(names) // 3)
+    side = min(0.4 * k + 3, 14)  # inches
+    fig = figure_class()(figsize=(columns * side, lines * side), layout='constrained')
+    axes = fig.subplots(lines, columns, squeeze=False).ravel()
+    for ax, name, m in zip(axes, names, results):
+        cm = np.array(m['confusion'])  # (K, K)
+        fraction = divide(cm.ravel(), np.repeat(cm.sum(1), k)).reshape(k, k)
+        ax.imshow(fraction, cmap='Blues', vmin=0, vmax=1)
+        title = f'{name}\naccuracy {m["accuracy"]:.4f}'
+        ax.set(xlabel='prediction', ylabel='truth', title=title)
+        if k <= 40:
+            ax.set_xticks(range(k), ticks, rotation=45, ha='right', rotation_mode='anchor')
+            ax.set_yticks(range(k), ticks)
+        for i, j in np.ndindex(k, k) if k <= 20 else ():
+            color = 'k' if fraction[i, j] < 0.6 else 'w'
+            ax.text(j, i, cm[i, j], ha='center', va='center', fontsize=8, color=color)
+    for ax in axes[len(names) :]:
+        ax.remove()
+    return fig
+
+
+def calibration(names, y, every, results):
+    """Accuracy by the probability of the predicted class, above the number of texts in each bin."""
+    fig = figure_class()(figsize=(5, 6.5), layout='constrained')
+    top, low = fig.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    top.plot([0, 1], [0, 1], color='0.6', ls='--', lw=1, label='perfect calibration')
+    for i, (name, probs, m) in enumerate(zip(names, every, results)):
+        count, mean, accuracy = reliability(probs, y)
+        label = f'{name}, ECE {m["ece"]:.3f}'
+        top.plot(mean[count > 0], accuracy[count > 0], color=f'C{i}', label=label, **DOTS)
+        edges = np.linspace(0, 1, len(count) + 1)
+        low.stairs(count / len(y), edges, color=f'C{i}', lw=1.5)
+    top.set(ylabel='accuracy', xlim=(0, 1), ylim=(0, 1.02), title='reliability')
+    low.set(xlabel='probability of the predicted class', ylabel='fraction of texts')
+    top.grid(alpha=0.3)
+    low.grid(alpha=0.3)
+    fig.legend(loc='outside lower center', fontsize=8)
+    return fig

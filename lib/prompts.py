@@ -1,0 +1,52 @@
+"""Prompts of `train_gen.py --zero_shot`: in front of a text, or with --direct behind it. What the
+prompts of a data set share cancels between its classes."""
+
+from lib import files
+from lib.files import UserError
+
+REVIEWS = dict(negative='A negative movie review:\n', positive='A positive movie review:\n')
+PROMPTS = {
+    'sst2': REVIEWS,
+    'imdb': REVIEWS,
+    'agnews': {
+        'World': 'World news:\n',
+        'Sports': 'Sports news:\n',
+        'Business': 'Business news:\n',
+        'Sci/Tech': 'Science and technology news:\n',
+    },
+    'sms': {'ham': 'A text message from a friend:\n', 'spam': 'An advertising text message:\n'},
+}
+SENTIMENT = dict(negative='\nSentiment: negative', positive='\nSentiment: positive')
+ANSWERS = {
+    'sst2': SENTIMENT,
+    'imdb': SENTIMENT,
+    'agnews': {
+        'World': '\nTopic: world',
+        'Sports': '\nTopic: sports',
+        'Business': '\nTopic: business',
+        'Sci/Tech': '\nTopic: technology',
+    },
+    'sms': {'ham': '\nThis message is from a friend', 'spam': '\nThis message is spam'},
+}
+
+
+def prompts_of(args, labels):
+    """{label: prompt} from --prompts, or the defaults of the data set; for other data the label."""
+    if not args.prompts:
+        known = (ANSWERS if args.direct else PROMPTS).get(args.data, {})
+        plain = '\nLabel: {}' if args.direct else '{}:\n'
+        return {label: known.get(label, plain.format(label)) for label in labels}
+    prompts = files.read_json(args.prompts)
+    if not isinstance(prompts, dict) or not all(isinstance(p, str) and p for p in prompts.values()):
+        shape = '{"class": "text", ...}'
+        raise UserError(
+            f'--prompts {args.prompts}: needs a JSON object, a prompt per class: {shape}'
+        )
+    unknown = [label for label in prompts if label not in labels]
+    missing = [label for label in labels if label not in prompts]
+    if unknown or missing:
+        problem = (
+            f'{unknown[0]!r} is no class of the data' if unknown else f'{missing[0]!r} is missing'
+        )
+        raise UserError(f'--prompts {args.prompts}: {problem}; the classes are {", ".join(labels)}')
+    return prompts

@@ -1,0 +1,96 @@
+"""Text for people: what lib/metrics.py returns as tables of at most 100 columns. Called by
+eval.py and both train scripts."""
+
+import numpy as np
+
+
+def short(name, width):
+    """name with its middle cut out if it is longer than width."""
+    if len(name) <= width:
+        return name
+    return name[: (width - 1) // 2] + '..' + name[len(name) - (width - 2) // 2 :]
+
+
+def listing(labels):
+    """The first 20 labels, for a message."""
+    more = f' and {len(labels) - 20} more' if len(labels) > 20 else ''
+    return ', '.join(labels[:20]) + more
+
+
+def report(m, labels):
+    """metrics() as tables. Shows the ten largest errors if the confusion matrix does not fit."""
+    cm, interval = np.array(m['confusion']), '[{:.4f}, {:.4f}]'.format(*m['ci95'])
+    majority = f'majority class {m["majority_accuracy"]:.4f}'
+    lines = [
+        f'accuracy {m["accuracy"]:.4f} {interval}   {majority}   n {m["n"]:,}',
+        'macro F1 {macro_f1:.4f}   weighted F1 {weighted_f1:.4f}   MCC {mcc:.4f}'.format(**m),
+    ]
+    if m['nll'] is not None:
+        lines.append('NLL {nll:.4f} nats   Brier {brier:.4f}   ECE {ece:.4f}'.format(**m))
+    if 'uncalibrated' in m:
+        before = '(before calibration {nll:.4f}, {brier:.4f}, {ece:.4f})'
+        lines[-1] += '   ' + before.format(**m['uncalibrated'])
+    if cm.sum() < m['n']:
+        lines.append(
+            f'coverage {m["coverage"]:.4f}: {m["n"] - cm.sum():,} texts got no label and count as '
+            f'wrong; accuracy on the others {np.trace(cm) / max(cm.sum(), 1):.4f}'
+        )
+    names = [short(label, 30) for label in labels]
+    width = max(map(len, names + ['class']))
+    lines += ['', f'{"class":{width}}  precision  recall      F1  support']
+    row = '{precision:9.4f}  {recall:.4f}  {f1:.4f}  {support:7,}'
+    per_class = m['per_class'].values()
+    lines += [f'{name:{width}}  {row.format(**c)}' for name, c in zip(names, per_class)]
+    cell, room = max(len(str(cm.max())), 3) + 1, 100 - width - 4  # 4: a number beside the name
+    fits = len(labels) <= 20 and len(labels) * cell <= room
+    lines += confusion_matrix(cm, names, cell, width, room) if fits else largest_errors(cm, names)
+    return '\n'.join(lines)
+
+
+def confusion_matrix(cm, names, cell, width, room):
+    """cm (K, K) as lines: cells of at least `cell` columns, at most `room` columns in all, beside
+    names of `width`. Numbers the columns if the names are too wide for them."""
+    heads = names
+    if len(names) * (max(map(len, names)) + 1) > room:
+        heads = [f'#{i}' for i in range(len(names))]
+        names = [f'{name:{width}} {head:>3}' for name, head in zip(names, heads)]
+    cell, width = max([cell] + [len(head) + 1 for head in heads]), max(map(len, names))
+    lines = ['', 'confusion matrix (rows: truth, columns: prediction)']
+    lines += [' ' * width + ''.join(f'{head:>{cell}}' for head in heads)]
+    cells = [''.join(f'{c:{cell}d}' for c in row) for row in cm]
+    return lines + [f'{name:{width}}{row}' for name, row in zip(names, cells)]
+
+
+def largest_errors(cm, names):
+    """The ten largest cells of cm (K, K) off its diagonal, as lines."""
+    errors = cm - np.diag(np.diag(cm))
+    top = np.argsort(-errors, axis=None, kind='stable')[:10]
+    pairs = zip(*np.unravel_index(top, errors.shape))
+    lines = [f'{errors[i, j]:7,}  {names[i]} -> {names[j]}' for i, j in pairs if errors[i, j]]
+    return ['', 'most frequent errors (texts, truth -> prediction)', *lines]
+
+
+def side_by_side(names, results, tests):
+    """One row per run, then each run against the first. tests: compare() of the first with each of
+    the others, in order."""
+    names = [short(name, 36) for name in names]
+    width = max(map(len, names + ['majority class']))
+    lines = [f'{"run":{width}}  accuracy [95 % interval]  macro F1      MCC      NLL     ECE']
+    row = '{macro_f1:.4f}  {mcc:7.4f}  {nll:7.4f}  {ece:6.4f}'
+    for name, m in zip(names, results):
+        interval = '[{:.4f}, {:.4f}]'.format(*m['ci95'])
+        lines.append(f'{name:{width}}    {m["accuracy"]:.4f} {interval}    {row.format(**m)}')
+    lines.append(f'{"majority class":{width}}    {results[0]["majority_accuracy"]:.4f}')
+    lines += ['', f"McNemar's test against {names[0]}, {results[0]['n']:,} rows"]
+    for name, t in zip(names[1:], tests):
+        p = 'p < 0.0001' if t['p'] < 1e-4 else f'p = {t["p"]:.2g}'
+        better = f'{name if t["difference"] > 0 else names[0]} is better'
+        verdict = 'the difference is within noise' if t['p'] >= 0.05 else better
+        interval = '[{:+.4f}, {:+.4f}]'.format(*t['ci95'])
+        rows = '{only_other_right:,} rows gained, {only_first_right:,} lost'.format(**t)
+        lines.append(f'{name}: accuracy {t["difference"]:+.4f} {interval}, {rows}')
+        lines.append(f'  {verdict} ({p}, {t["test"]})')
+    if len(tests) > 1:
+        bound = f'p < {0.05 / len(tests):.2g}'
+        lines.append(f'({len(tests)} tests: with Bonferroni correction, significant at {bound})')
+    return '\n'.join(lines)

@@ -1,0 +1,70 @@
+"""resume.pt, the state from which an interrupted run goes on. Called by both train scripts."""
+
+import os
+
+import torch
+
+from lib import files
+from lib.files import UserError
+from lib.tensors import load_pickle
+
+
+def save_resume(out, args, step, best, params, opt, scaler, due=False):
+    """Write out/resume.pt: all that the rest of the run depends on, in types that weights_only
+    loads. due: the evaluation after this step is still to be done. Batches and dropout are pure
+    functions of seed and step, and the best weights are in the run folder already. Step 0 has
+    nothing but the flags."""
+    state = dict(args=dict(vars(args)), step=step, best=best, due=due)
+    if step:
+        state.update(
+            params={n: p.detach() for n, p in params.items()},
+            opt=opt.state_dict(),
+            scaler=scaler.state_dict(),
+        )
+    files.write_atomic(os.path.join(out, 'resume.pt'), lambda f: torch.save(state, f))
+
+
+def load_resume(out):
+    """-> what save_resume wrote, with `due` False where a file has none."""
+    if not out:
+        raise UserError('--resume needs --out, the folder of the run to resume')
+    path = os.path.join(out, 'resume.pt')
+    if not os.path.isfile(path):
+        raise UserError(f'--resume: {out} holds no interrupted run (no resume.pt)')
+    saved = load_pickle(path, 'remove it and start the run again', mapped=False)
+    if (
+        not isinstance(saved, dict)
+        or not isinstance(saved.get('args'), dict)
+        or type(saved.get('step')) is not int
+        or saved['step'] < 0
+    ):
+        raise UserError(f'{path} was not written by a training script; remove it and start again')
+    return {**saved, 'due': saved.get('due') is True}
+
+
+def restore(saved, params, opt, scaler):
+    """Put a saved state back. -> (steps done, best score so far)"""
+    try:
+        if saved['step']:
+            with torch.no_grad():
+                for n, p in params.items():
+                    p.copy_(saved['params'][n])
+            groups = opt.state_dict()['param_groups']  # these settings come from the flags
+            opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=groups))
+            for p in params.values():
+                state = opt.state.get(p, {})
+                shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+                if state != {} and {k: t.shape for k, t in state.items()} != shapes:
+                    raise ValueError('a state of another shape')
+                # fewer where float16 skipped steps
+                if state and not 0 <= float(state['step']) <= saved['step']:
+                    raise ValueError('a state of other steps')
+            scaler.load_state_dict(saved['scaler'])
+        if saved['best'] is not None and not all(type(v) in (int, float) for v in [*saved['best']]):
+            raise ValueError('a score that is no number')
+        return saved['step'], saved['best']
+    except Exception as e:  # torch raises half a dozen types for what does not fit
+        reason = type(e).__name__
+        raise UserError(
+            f'resume.pt does not fit this run ({reason}); remove it and start the run again'
+        ) from None

@@ -1,0 +1,145 @@
+"""Run folders: a name for a new one, run.json read and checked, weights written. Called by the
+scripts, lib/genrun.py and lib/runs.py."""
+
+import itertools
+import os
+
+import lora
+from lib import checkpoints, files
+from lib.cli import METHODS
+from lib.files import UserError
+from lib.foreign import elsewhere
+from lib.peft import save_peft
+from lib.tensors import save_safetensors
+
+
+def free_folder(name, method):
+    """runs/NAME-METHOD, numbered if that exists."""
+    stem = os.path.splitext(os.path.basename(os.path.normpath(name)))[0] or 'data'
+    first = os.path.join('runs', f'{stem}-{method}')
+    numbered = (f'{first}-{i}' for i in itertools.count(2))
+    return next(path for path in itertools.chain([first], numbered) if not os.path.exists(path))
+
+
+def save_weights(folder, model, method, labels, base_name, read=None):
+    """Write what a method of train_cls.py trained, in the format that other programs load: a folder
+    of transformers or PEFT, or adapter.safetensors. read: {plain name: float32 tensor} of the base
+    model, for the weights that stay frozen."""
+    if method in ('lora', 'prompt'):
+        save_peft(folder, model, base_name)
+    elif method == 'adapter':
+        trained = {n: p.detach() for n, p in lora.trainables(model).items()}
+        save_safetensors(os.path.join(folder, 'adapter.safetensors'), trained)
+    else:
+        state = {**(read or {}), **lora.trained_state(model)}
+        checkpoints.save_hf(folder, model.cfg, state, labels)
+
+
+def info_of(path):
+    """run.json of a run folder, or what it would say of a folder from elsewhere."""
+    return read_run(path) if os.path.isfile(os.path.join(path, 'run.json')) else elsewhere(path)
+
+
+def read_run(path):
+    """run.json of a run folder, checked. Raises UserError if the folder holds no classifier."""
+    record = os.path.join(path, 'run.json')
+    if not os.path.isfile(record):
+        advice = f'train one with train_cls.py or train_gen.py --out {path}'
+        raise UserError(f'{path} is not a run folder: it has no run.json ({advice})')
+    info = files.read_json(record)
+    if isinstance(info, dict) and info.get('kind') == 'lm':
+        advice = f'train one on top of it with --model {path}'
+        raise UserError(f'{path} is a language model (--pretrain), not a classifier; {advice}')
+    known = isinstance(info, dict) and all(k in info for k in ('labels', 'method', 'args', 'base'))
+    if not known or info['method'] not in METHODS.get(str(info.get('kind', 'cls')), ()):
+        raise UserError(f'{record} is not one that train_cls.py or train_gen.py wrote')
+    for key in ('args', 'pending'):
+        if isinstance(info.get(key), dict):
+            info[key] = upgraded(info[key])
+    wrong = malformed(info)
+    if wrong:
+        problem = f'{wrong} is missing or malformed'
+        raise UserError(f'{record} is damaged: {problem}; restore the file, or train the run again')
+    return info
+
+
+def upgraded(args):
+    """Flags of an older run, with the names of today."""
+    args = {**args}
+    args.setdefault('plain', False)
+    if 'keep' not in args and 'truncate' in args:
+        args['keep'] = dict(head='first', tail='last').get(str(args.pop('truncate')))
+    return args
+
+
+# --- checks of run.json ---
+
+
+def value(*kinds, valid=lambda x: True):
+    """-> a check of one value: is it of one of these types, and valid?"""
+    return lambda x: type(x) in kinds and bool(valid(x))
+
+
+BOOL, INT, TEXT = value(bool), value(int), value(str, valid=len)
+COUNT = value(int, valid=lambda n: 0 < n < 10**9)
+NUMBER = value(int, float, valid=lambda x: abs(x) <= 1e30)  # not NaN
+POSITIVE = value(int, float, valid=lambda x: 1e-12 <= x <= 1e30)
+PROBABILITY = value(int, float, valid=lambda x: 1e-12 <= x <= 1)
+FOLDER = value(str, valid=lambda x: x == os.path.basename(x) and x not in ('', '.', '..'))
+
+
+def optional(check):
+    return lambda x: x is None or check(x)
+
+
+def malformed(info):
+    """The first field of a run.json, of those that a run is opened and scored by, that is not as a
+    training script writes it; None if all are."""
+    args, labels, base, method = info['args'], info['labels'], info['base'], info['method']
+    strings = isinstance(labels, list) and all(isinstance(label, str) for label in labels)
+    if not strings or not 1 < len(labels) == len(set(labels)):
+        return 'labels'
+    if not isinstance(args, dict):
+        return 'args'
+    for name, check in args_fields(method).items():
+        if name not in args or not check(args[name]):
+            return name
+    if info.get('kind') == 'gen' or method in ('lora', 'adapter', 'prompt'):
+        named = isinstance(base, dict) and TEXT(base.get('name')) and 'sha256' in base
+        if not named or not optional(TEXT)(base['sha256']):
+            return 'base'
+    checks = gen_fields(info, labels, method) if info.get('kind') == 'gen' else {}
+    return next((name for name, valid in checks.items() if not valid), None)
+
+
+def args_fields(method):
+    """{flag: check of its value} of the flags in run.json that are used later."""
+    names = ('data_dir', 'val', 'test', 'text_col', 'label_col')
+    fields = dict.fromkeys(names, optional(TEXT))
+    fields.update(max_length=COUNT, keep=lambda x: x in ('first', 'last'), data=TEXT, seed=INT)
+    fields.update(max_samples=optional(COUNT), balance=BOOL, quick=BOOL)
+    fields.update(dict(bottleneck=COUNT) if method == 'adapter' else {})
+    fields.update(dict(direct=BOOL) if method == 'zero_shot' else {})
+    return fields
+
+
+def gen_fields(info, labels, method):
+    """{field: is it valid?} of the run.json of a generative run."""
+    fit, quantiles = info.get('calibration'), info.get('likelihood_quantiles')
+    zero_shot = method == 'zero_shot'
+
+    def by_label(x, check):
+        return isinstance(x, dict) and all(label in x and check(x[label]) for label in labels)
+
+    def calibration(x):
+        return isinstance(x, dict) and POSITIVE(x.get('tau')) and by_label(x.get('bias'), NUMBER)
+
+    return dict(
+        folders=zero_shot or by_label(info.get('folders'), FOLDER),
+        prior=by_label(info.get('prior'), PROBABILITY),
+        prompts=not zero_shot or by_label(info.get('prompts'), TEXT),
+        calibration=optional(calibration)(fit),
+        pending=isinstance(info.get('pending', {}), dict),
+        likelihood_quantiles=quantiles is None
+        or (isinstance(quantiles, list) and len(quantiles) == 101 and all(map(NUMBER, quantiles))),
+    )

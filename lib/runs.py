@@ -1,0 +1,268 @@
+"""Trained runs, opened to classify texts. Called by predict.py, eval.py, lib/export.py and the
+final tests of the training scripts.
+
+Shapes in the comments: N texts, K classes, V vocabulary."""
+
+import math
+import os
+from collections import namedtuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import data
+import lora
+from lib import fast, scoring, selfcheck
+from lib.base import base_of, data_dir_of
+from lib.classes import class_folder
+from lib.device import autocast, pick_device, place
+from lib.files import UserError
+from lib.peft import add_filled, fill, load_peft
+from lib.runfolder import info_of
+from lib.tensors import load_safetensors
+from lib.tokens import tokenize, tokenizer, tokenizer_name
+from lora import LoRA
+from model import GPT
+
+NEUTRAL = ['N/A', '', '[MASK]']  # content-free texts, as in the paper on contextual calibration
+How = namedtuple('How', 'device dtype reason data_dir plain')  # how a run is opened
+
+
+def open_run(path, device='auto', dtype='auto', data_dir=None, plain=False):
+    """Open a finished run, or a classifier that transformers or PEFT wrote. -> Run or GenRun
+
+    data_dir: where to look for base model and tokenizer (default: where the run found them,
+    $NANOCLS_DATA, the cache, the network).  plain: without lib/fast.py.  Raises UserError if the
+    folder holds neither, or its base model is gone or is another one."""
+    info = info_of(path)
+    how = How(*pick_device(device, dtype), data_dir, plain)
+    return (open_gen if info.get('kind') == 'gen' else open_cls)(path, info, how)
+
+
+def open_cls(path, info, how):
+    method, args, k = info['method'], info['args'], len(info['labels'])
+    if method in ('head', 'last', 'full'):
+        model = GPT.from_pretrained(path, k)
+    else:
+        model = GPT.from_pretrained(base_of(path, info, how.data_dir), k, new_head=True)
+        if method == 'adapter':
+            load_adapters(path, model, args['bottleneck'])
+        else:
+            load_peft(path, model)
+    room = model.cfg.block_size - (0 if model.prompt is None else len(model.prompt))
+    args['max_length'] = min(args['max_length'] or room, room)  # None in a folder from elsewhere
+    return Run(path, info, model, how)
+
+
+def load_adapters(path, model, bottleneck):
+    tensors = load_safetensors(os.path.join(path, 'adapter.safetensors'))
+
+    def fill_all(model):
+        fill(model, tensors, {n: n for n in lora.trainables(model)}, path)
+
+    add_filled(model, lambda m: lora.adapt(m, 'adapter', bottleneck=bottleneck), fill_all)
+
+
+def open_gen(path, info, how):
+    method, labels, answers = info['method'], info['labels'], None
+    if method == 'full':
+        folders = [class_folder(path, info, label) for label in labels]
+        passes = [(GPT.from_pretrained(folder), ()) for folder in folders]
+        return GenRun(path, info, passes, answers, how)
+    model = GPT.from_pretrained(base_of(path, info, how.data_dir))
+    if method == 'zero_shot':
+        enc = encoding(model, info, how.data_dir)
+        prompts = {label: enc.encode_ordinary(info['prompts'][label]) for label in labels}
+        answers = prompts if info['args']['direct'] else None
+        passes = [(model, () if answers else prompts[label]) for label in labels]
+    else:
+        folders = [class_folder(path, info, label) for label in labels]
+        load_peft(folders, model, classes=len(labels))
+        passes = [(model, ())]
+    return GenRun(path, info, passes, answers, how)
+
+
+def encoding(model, info, data_dir):
+    return tokenizer(tokenizer_name(model.cfg.vocab_size), data_dir_of(info, 'gpt2_bpe', data_dir))
+
+
+def prepare(model, how):
+    """Make a loaded model ready to classify: merge its LoRA, freeze it, move it, make it fast."""
+    folds = not how.plain and fast.folds(how.device, how.dtype)  # speed_up merges as it packs
+    if not model.classes and not folds and not merge_error(model):
+        lora.merge(model)
+    place(model.requires_grad_(False), how.device, how.dtype)
+    if not how.plain:
+        fast.speed_up(model, how.device, how.dtype)
+    return model.eval()
+
+
+def merge_error(model):
+    """'' if LoRA layers compute what merging makes of them, else the difference in words: lora.py
+    may have been edited."""
+    layers = [m for m in model.modules() if isinstance(m, LoRA)]
+    if not layers:
+        return ''
+    kinds = {(type(m), type(m.base), m.A.shape[-2:], m.B.shape[-2:]): m for m in layers}
+
+    def pairs():
+        for m in kinds.values():
+            twin = selfcheck.double(m).eval()
+            for name in 'AB':  # of one class; not as trained, since an update can be tiny
+                t = selfcheck.wave(*getattr(m, name).shape[-2:])
+                setattr(twin, name, nn.Parameter(t, requires_grad=False))
+            x = selfcheck.wave(2, 3, twin.A.shape[1])
+            box = nn.ModuleDict(dict(layer=twin))
+            want = twin(x)
+            lora.merge(box)
+            yield [want], [box.layer(x)]
+
+    with torch.no_grad():
+        return selfcheck.difference(pairs(), 1e-5)
+
+
+class Run:
+    """A trained classifier, ready for texts: .info (run.json), .kind, .labels, .args (its flags),
+    .model, .enc, .device, .dtype, .reason."""
+
+    kind = 'cls'
+    answers = None
+
+    def __init__(self, path, info, model, how, front=0):
+        """front: positions that are neither a text's nor the model's own prompt."""
+        taken = front + (0 if model.prompt is None else model.prompt.shape[-2])
+        length, room = info['args']['max_length'], model.cfg.block_size - taken
+        if length > room:
+            problem = f'max_length {length} does not fit, the model has room for {room} tokens'
+            raise UserError(f'{path}/run.json: {problem} of a text')
+        self.path, self.info, self.labels, self.args = path, info, info['labels'], info['args']
+        self.device, self.dtype, self.reason = how.device, how.dtype, how.reason
+        self.model = prepare(model, how)
+        self.enc = encoding(model, info, how.data_dir)
+
+    @property
+    def settings(self):
+        """Arguments of the functions of lib/scoring.py after the tokens."""
+        return self.args['max_length'], self.args['keep'], self.device, self.dtype
+
+    def logits(self, texts, progress=False, cache=False):
+        """texts: list of str -> logits (N, K) float32 numpy, in order; the largest is the predicted
+        class. cache: keep their token ids on disk."""
+        return self.logits_of(tokenize(self.enc, texts, cache=cache), progress)
+
+    def logits_of(self, tokens, progress=False):
+        """The same for Tokens."""
+        if not len(tokens):
+            return np.empty((0, len(self.labels)), np.float32)
+        return scoring.class_logits(self.model, tokens, *self.settings, progress=progress)
+
+    def calibrated(self, logits):
+        """Logits (N, K) -> logits of calibrated probabilities: a discriminative run's own."""
+        return logits
+
+
+class GenRun(Run):
+    """A generative classifier: logits = log P(text | class) + log P(class), in nats, and its
+    calibration.
+
+    .passes: pairs (model, context) that read the texts one after another and whose columns together
+    are the classes: one model with a class axis (lora, prefix), a model per class (full), one model
+    behind each class's prompt (zero_shot).  .answers: {class: ids} scored after the text instead;
+    .neutral (K,), their log P after content-free texts, is then subtracted."""
+
+    kind = 'gen'
+
+    def __init__(self, path, info, passes, answers, how):
+        others = [context for _, context in passes] + list((answers or {}).values())
+        super().__init__(path, info, passes[0][0], how, front=1 + max(map(len, others)))
+        for model, _ in passes[1:]:
+            if model is not self.model:
+                prepare(model, how)
+        self.passes, self.answers = passes, answers
+        self.log_prior = np.log([info['prior'][label] for label in self.labels], dtype=np.float32)
+        c = info.get('calibration') or dict(tau=1.0, bias=dict.fromkeys(self.labels, 0.0))
+        self.tau = c['tau']
+        self.bias = np.array([c['bias'][label] for label in self.labels], np.float32)
+        if answers:  # contextual calibration (Zhao et al. 2021, arXiv 2102.09690)
+            self.neutral = np.zeros(len(self.labels), np.float32)
+            neutral = self.logprobs_of(tokenize(self.enc, NEUTRAL, cache=False))
+            p = np.exp(neutral - np.logaddexp.reduce(neutral, axis=1, keepdims=True))  # (texts, K)
+            self.neutral = np.log(p.mean(0))
+
+    def logprobs_of(self, tokens, progress=False):
+        """Tokens -> log P(text | class) (N, K) float32 numpy, nats; with .answers,
+        log P(answer of the class | text) - .neutral."""
+        if not len(tokens):
+            return np.empty((0, len(self.labels)), np.float32)
+
+        def columns(score, model, last):  # (N, 1) or (N, K)
+            return score(model, tokens, *self.settings, last, progress=progress)
+
+        if self.answers:
+            ids = [self.answers[label] for label in self.labels]
+            parts = [columns(scoring.answer_logprobs, self.model, answer) for answer in ids]
+            return np.concatenate(parts, axis=1) - self.neutral
+        parts = [columns(scoring.text_logprobs, *one) for one in self.passes]
+        return np.concatenate(parts, axis=1)
+
+    def logits_of(self, tokens, progress=False):
+        """Tokens -> log P(text | class) + log P(class), (N, K): Bayes' rule up to a constant."""
+        return self.logprobs_of(tokens, progress) + self.log_prior
+
+    def calibrated(self, logits):
+        """Logits (N, K) -> log P(text | class) / tau + log P(class) + b_class, the logits of
+        probabilities that are calibrated on the validation rows."""
+        return (logits - self.log_prior) / self.tau + self.log_prior + self.bias
+
+    def nats_per_token(self, tokens, logits):
+        """Log-likelihood of each text under the mixture of all classes, divided by its tokens (N,):
+        how similar it is to the training texts."""
+        lengths = scoring.scored_lengths(self.model.end, tokens, self.args['max_length'])
+        return np.logaddexp.reduce(logits, axis=1) / lengths
+
+    def likelihood_quantile(self, q):
+        """The nats_per_token below which a fraction q of the validation texts lies."""
+        quantiles = self.info.get('likelihood_quantiles')
+        if not quantiles:
+            advice = f'finish its training: python train_gen.py --resume --out {self.path}'
+            raise UserError(f'{self.path} holds no likelihoods to compare with; {advice}')
+        return float(np.interp(q, np.linspace(0, 1, 101), quantiles))
+
+    @torch.no_grad()
+    def token_logprobs(self, text):
+        """text -> its tokens (ids; <|endoftext|> last where that is scored), and log p of each
+        under each class (n, K) float32 nats"""
+        tokens, length = tokenize(self.enc, [text], cache=False), self.args['max_length']
+        where = length, self.args['keep'], self.model.end, self.device
+        ids, n = data.collate(tokens, [0], *where)
+        ends = scoring.ends_here(self.model.end, tokens, [0], length).to(self.device)
+        columns = []
+        for model, context in self.passes:
+            with autocast(self.device, self.dtype):
+                logprobs = model.token_logprobs(ids, n, ends, context)  # (1, n + 1), (K, 1, n + 1)
+            columns.append(logprobs.view(model.classes or 1, -1))
+        out = torch.cat(columns).t()[: int(n + ends)].cpu().numpy()
+        return [*ids[0].tolist(), self.model.end][: len(out)], out
+
+    @torch.no_grad()
+    def sample(self, label, max_length, temperature=1.0, top_k=0, seed=0):
+        """Generate a text of a class, token by token, until <|endoftext|> or max_length tokens.
+        temperature divides the logits; top_k: choose among so many tokens, 0 = all."""
+        c, generator = self.labels.index(label), torch.Generator().manual_seed(seed)
+        model, context = self.passes[0 if self.model.classes else c]
+        ids = [model.end, *context]
+        start, W = len(ids), model.wte.weight.float()  # (V, C)
+        while len(ids) - start < min(max_length, model.cfg.block_size - start):
+            with autocast(self.device, self.dtype):
+                h = model.hidden(torch.tensor([ids], device=self.device))  # (1 or K, T, C)
+            h = h[c if model.classes else 0, -1].float()
+            logits = (F.linear(h, W) / temperature).cpu()  # (V,)
+            if top_k:
+                least = logits.topk(min(top_k, len(logits))).values[-1]
+                logits[logits < least] = -math.inf
+            ids.append(int(torch.multinomial(logits.softmax(0), 1, generator=generator)))
+            if ids[-1] == model.end:
+                return self.enc.decode(ids[start:-1], errors='replace')
+        return self.enc.decode(ids[start:], errors='replace')

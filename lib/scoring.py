@@ -1,0 +1,122 @@
+"""Evaluation: a model on many texts, in batches of like length. Called by the training scripts, by
+lib/runs.py and lib/frozen.py."""
+
+import sys
+
+import numpy as np
+import torch
+
+import data
+from lib import ranks
+from lib.device import autocast
+from lib.files import UserError
+
+
+@torch.no_grad()
+def in_batches(
+    fn, model, tokens, max_length, keep, device, dtype, batch_tokens=None, progress=False, copies=1
+):
+    """fn(ids (B, T), lengths (B,), index (B,)) -> (B, K) on every text of `tokens` (Tokens)
+    -> (N, K) float32 numpy, in their order.
+
+    Longest texts first, so that out of memory shows on the first batch and hardly any padding is
+    needed; as many at a time as fit `batch_tokens` padded tokens, each read `copies` times. The
+    model is in evaluation mode meanwhile. Ranks share the texts."""
+    # a CPU's cache; what fills a GPU
+    batch_tokens = batch_tokens or (512 * min(copies, 3) if device.type == 'cpu' else 65536)
+    lengths = np.minimum(tokens.lengths, max_length)
+    order = np.argsort(-lengths, kind='stable')
+    own = order[ranks.rank() :: ranks.world_size()]  # this rank's texts
+    was_training = model.training
+    model.eval()
+    outputs, start = [], 0
+    try:
+        while start < len(own):
+            n = max(1, batch_tokens // (copies * int(lengths[own[start]])))
+            index = own[start : start + n]
+            ids, n = data.collate(tokens, index, max_length, keep, model.end, device)
+            try:
+                with autocast(device, dtype):
+                    outputs.append(fn(ids, n, index).float())
+            except torch.OutOfMemoryError:
+                if len(index) == 1:
+                    raise UserError(
+                        f'out of memory with a single text of {int(n[0])} tokens; '
+                        'try a smaller --max_length or another --device'
+                    ) from None
+                batch_tokens //= 2  # the results do not depend on it
+                continue
+            start += len(index)
+            if progress and ranks.rank() == 0 and sys.stderr.isatty():
+                end = '\n' if start == len(own) else ''
+                text = f'\r{start:,} of {len(own):,} texts '
+                print(text, end=end, file=sys.stderr, flush=True)
+    finally:
+        model.train(was_training)
+    return gathered(torch.cat(outputs).cpu().numpy() if outputs else None, order)
+
+
+def gathered(own, order):
+    """Each rank's rows (n, K) -> all of them (N, K), in the order of the texts."""
+    parts = [own]
+    if ranks.world_size() > 1:
+        parts = [None] * ranks.world_size()
+        torch.distributed.all_gather_object(parts, own)
+    out = np.empty((len(order), parts[0].shape[1]), np.float32)
+    for i, rows in enumerate(parts):
+        if rows is not None:
+            out[order[i :: len(parts)]] = rows
+    return out
+
+
+def class_logits(model, tokens, *where, net=None, states=None, **options):
+    """Logits (N, K) float32 numpy of every text of `tokens`, in their order. where: max_length,
+    keep, device, dtype.  net: what computes them, default the model; states: see
+    lib/frozen.py."""
+    net = net or model
+
+    def fn(ids, n, index):
+        return net(ids, n, states(index)) if states else net(ids, n)
+
+    return in_batches(fn, model, tokens, *where, **options)
+
+
+def text_logprobs(model, tokens, max_length, keep, device, dtype, context=(), **options):
+    """log P(text) (N, 1), or (N, K) of a model with K classes, float32 numpy, nats, of every
+    text of `tokens`, in their order. context: see GPT.token_logprobs."""
+    k = model.classes or 1
+
+    def fn(ids, n, index):
+        ends = data.to_device(ends_here(model.end, tokens, index, max_length), device)
+        return model.logprob(ids, n, ends, context).view(len(ids), k)
+
+    return in_batches(fn, model, tokens, max_length, keep, device, dtype, copies=k, **options)
+
+
+def answer_logprobs(model, tokens, max_length, keep, device, dtype, answer, **options):
+    """log P(answer | text) (N, 1) float32 numpy, nats: the ids `answer` follow every text of
+    `tokens` and only they are scored."""
+
+    def fn(ids, n, index):
+        rows = torch.cat((ids, ids.new_zeros(len(ids), len(answer))), 1)
+        place = n[:, None] + torch.arange(len(answer), device=device)  # (B, A)
+        rows.scatter_(1, place, torch.tensor(answer, device=device).expand(len(ids), -1))
+        ends = torch.zeros_like(n, dtype=torch.bool)
+        return model.logprob(rows, n + len(answer), ends, first=n)[:, None]
+
+    return in_batches(fn, model, tokens, max_length, keep, device, dtype, **options)
+
+
+def ends_here(end, tokens, index, max_length):
+    """Which of the rows index (B,) are scored with the <|endoftext|> (id `end`) after them -> (B,)
+    bool: those that were not cut. The empty text is one <|endoftext|> already: its probability is
+    that of ending at once."""
+    return torch.tensor(
+        [len(tokens[i]) <= max_length and tokens[i][0] != end for i in index], dtype=torch.bool
+    )
+
+
+def scored_lengths(end, tokens, max_length):
+    """Number of scored tokens of each text, with its <|endoftext|> -> (N,) int64 numpy."""
+    ends = ends_here(end, tokens, range(len(tokens)), max_length)
+    return np.minimum(tokens.lengths, max_length) + ends.numpy()

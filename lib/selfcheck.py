@@ -1,0 +1,219 @@
+"""Comparison of the plain code with the faster code that lib/fast.py puts into its place:
+values and gradients, in float64, on small copies of the parts. Costs a fraction of a second."""
+
+import contextlib
+import copy
+from dataclasses import replace
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lib import dropout
+from lib.blocks import make_block
+from lib.tensors import give_back
+from lora import LoRA
+from model import Embedding
+
+TOLERANCE = 1e-7  # of the largest value
+TOKENS = 64  # vocabulary of a small copy
+
+
+def check_module(module, make, matrix):
+    """Compare make(module, matrix) with the module, in training and in evaluation. Like all checks
+    here -> '' if both are equal to rounding, else how they differ, in words."""
+    twin = double(module)
+    stir(twin)
+    x = wave(2 * classes_of(twin), 5, width_of(twin))
+
+    def probe(forward):
+        y = x.clone().requires_grad_()
+        values = measure(lambda: forward(y), [y, *trainables(twin)])
+        with torch.no_grad():
+            return [*values, *measure(lambda: forward(x), [])]
+
+    def pairs():
+        with torch.enable_grad(), regular_dropout():
+            for training in (True, False):
+                twin.train(training)
+                yield probe(twin), probe(make(twin, matrix))
+
+    return difference(pairs())
+
+
+def check_classify(model, attach, matrix):
+    """Compare GPT.classify before and after attach(model)."""
+    return check_method(model, model.h[-1:], attach, matrix, lambda m, ids, n: m.classify(ids, n))
+
+
+def check_hidden(model, attach, matrix):
+    """Compare GPT.hidden of a model with classes before and after attach(model)."""
+    split = first_lora(model)
+    blocks = model.h[max(0, split - 1) : split + 1]
+    return check_method(model, blocks, attach, matrix, lambda m, ids, n: m.hidden(ids))
+
+
+def check_method(model, blocks, attach, matrix, probe):
+    twin = small(model, blocks)
+    ids = torch.arange(15).view(3, 5) * 7 % (TOKENS - 1)
+    lengths = torch.tensor([5, 1, 3])
+
+    def pairs():
+        want = measure(lambda: probe(twin, ids, lengths), trainables(twin))
+        for block in twin.h:
+            block.forward = make_block(block, matrix) or block.forward
+        attach(twin)
+        yield want, measure(lambda: probe(twin, ids, lengths), trainables(twin))
+
+    return difference(pairs())
+
+
+def check_vocabulary(model, make):
+    """Compare make(model) with GPT.next_logprobs, in float32."""
+    twin = small(model, []).float()
+    h, target = wave(2, 4, twin.cfg.n_embd).float(), torch.arange(8).view(2, 4)
+    scored = torch.tensor([[True, True, False, True], [False, True, True, False]])
+
+    def probe(fn):
+        x = h.clone().requires_grad_()
+        return measure(lambda: fn(x, target, scored), [x])
+
+    def pairs():
+        yield probe(twin.next_logprobs), probe(make(twin))
+
+    return difference(pairs(), 1e-4)
+
+
+def check_rows(model, attach):
+    """Do the logits depend on those rows of wte alone that a text has, so that these may train in
+    place of all?"""
+    twin, probe = small(model, model.h[-1:]), torch.tensor([[3, 5, 3, 9], [9, 20, 63, 63]])
+    lengths, ids = torch.tensor([4, 2]), torch.tensor([3, 5, 9, 20, 63])
+
+    def pairs():
+        logits, grad = measure(lambda: twin.classify(probe, lengths), [twin.wte.weight])
+        others = grad.clone()
+        others[ids] = 0
+        rows = attach(twin.wte, ids).rows
+        twin.train()
+        yield [logits, grad[ids]], measure(lambda: twin.classify(probe, lengths), [rows])
+        yield [torch.zeros_like(others)], [others]
+
+    return difference(pairs())
+
+
+def difference(pairs, tolerance=TOLERANCE):
+    """pairs of (values, values) -> '' if they are equal to rounding, else how they differ."""
+    try:
+        error = max(distance(a, b) for want, got in pairs for a, b in zip(want, got))
+    except Exception as e:  # of edited code: it may need more than a small copy has
+        return f'{type(e).__name__}: {e}'
+    return '' if error <= tolerance else f'{error:.1g} apart'
+
+
+def distance(a, b):
+    """Largest difference of two tensors in shares of the largest value; None counts as zeros."""
+    if a is None or b is None:
+        other = a if b is None else b
+        return 0.0 if other is None or not other.any() else float('inf')
+    scale = max(float(a.abs().max()), 1e-30)
+    return float((a - b).abs().max()) / scale if a.shape == b.shape else float('inf')
+
+
+def measure(fn, inputs):
+    """fn() -> [its value, the gradients of the inputs]. Random numbers are the same every time."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        y = fn()
+        grads = [None] * len(inputs)
+        if y.requires_grad and inputs:
+            grads = torch.autograd.grad((y * wave(*y.shape)).sum(), inputs, allow_unused=True)
+    return [y.detach(), *grads]
+
+
+# --- small copies ---
+
+
+def double(module):
+    """A copy of a module on the CPU, in float64, without faster parts."""
+    twin = copy.deepcopy(module).cpu().double()
+    for p in module.parameters():
+        give_back(p)
+    for m in twin.modules():
+        vars(m).pop('forward', None)
+    return twin
+
+
+def small(model, blocks):
+    """A GPT with copies of these blocks alone and TOKENS tokens, in evaluation mode."""
+    twin = copy.copy(model)
+    twin.cfg = replace(model.cfg, vocab_size=TOKENS)
+    wte = Embedding(TOKENS, model.cfg.n_embd)
+    wte.weight = copied(model.wte.weight[:TOKENS], model.wte.weight.requires_grad)
+    rest = {n: double(m) for n, m in model._modules.items() if n not in ('wte', 'h')}
+    twin._modules = {'wte': wte, 'h': nn.ModuleList(map(double, blocks)), **rest}
+    parameters = model._parameters.items()
+    twin._parameters = {n: p if p is None else copied(p, p.requires_grad) for n, p in parameters}
+    for name in ('classify', 'hidden', 'next_logprobs', 'forward'):
+        vars(twin).pop(name, None)
+    stir(twin)
+    return twin.eval()
+
+
+def copied(p, trains):
+    return nn.Parameter(p.detach().cpu().double(), requires_grad=trains)
+
+
+def stir(module):
+    """Fill weights that are zero, as LoRA's B: what follows them would not show."""
+    for p in module.parameters():
+        if not p.any():
+            p.data.copy_(0.1 * wave(*p.shape))
+
+
+def wave(*shape):
+    """Numbers without a pattern, float64."""
+    n = torch.Size(shape).numel()
+    return torch.sin(torch.arange(n, dtype=torch.float64) ** 2 * 0.7 + 1).view(shape)
+
+
+def trainables(module):
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def width_of(module):
+    """Width of what a Block, Conv1D or LoRA reads."""
+    if hasattr(module, 'ln_1'):
+        return module.ln_1.normalized_shape[0]
+    return module.A.shape[-1] if isinstance(module, LoRA) else module.weight.shape[0]
+
+
+def classes_of(module):
+    """Number of class slices of its LoRA, 1 without."""
+    slices = [len(m.A) for m in module.modules() if isinstance(m, LoRA) and m.A.dim() == 3]
+    return slices[0] if slices else 1
+
+
+def first_lora(model):
+    """Number of the first block that has a LoRA; 0 without."""
+    has = [any(isinstance(m, LoRA) for m in block.modules()) for block in model.h]
+    return has.index(True) if True in has else 0
+
+
+@contextlib.contextmanager
+def regular_dropout():
+    """Inside, plain and faster dropout drop the same values: every third."""
+
+    def plain(x, p=0.5, training=True, inplace=False):
+        if not training or not p:
+            return x
+        kept = torch.arange(x.numel()).remainder(3).view(x.shape) > 0
+        return x * kept / (1 - p)
+
+    before = F.dropout, dropout.dropped
+    F.dropout = plain
+    dropout.dropped = lambda n, p, rng=None: torch.arange(0, n, 3)
+    try:
+        yield
+    finally:
+        F.dropout, dropout.dropped = before

@@ -1,0 +1,124 @@
+"""Tokenizers, and the cached token ids of many texts. Called by data.py, lib/runs.py, scripts."""
+
+import hashlib
+import io
+import json
+import os
+import re
+
+import numpy as np
+import tiktoken
+
+from lib import download, files
+from lib.files import UserError
+
+BPE_ADDRESS = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'
+BPE_SHA256 = {
+    'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+    'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783',
+}
+# as GPT-2 was published
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+EOT = '<|endoftext|>'
+# tiktoken panics on a run of a million spaces. So a longer text is cut before a space that follows
+# a non-space: there GPT-2's pattern starts a new piece in any context, and the ids stay the same.
+# Where there is no such place it is cut anywhere.
+LONG = 100_000  # characters: 0.01-0.02 s each, even without a space
+CUT = re.compile(rf'(?s:.{{1,{LONG}}}(?<=\S)(?= )|.{{1,{LONG}}})')
+
+
+def tokenizer_name(vocab_size):
+    """Name of the tokenizer of a vocabulary of that size. Raises UserError for any other size."""
+    names = {257: 'bytes', 50257: 'gpt2'}
+    if vocab_size not in names:
+        known = "GPT-2's 50257 and the 257 of bytes"
+        raise UserError(f'this model has {vocab_size} tokens; {known} are supported')
+    return names[vocab_size]
+
+
+def tokenizer(name, data_dir=None):
+    """'gpt2' (OpenAI's two files, sha256 checked) or 'bytes' (256 bytes and <|endoftext|>)
+    -> tiktoken.Encoding"""
+    if name == 'bytes':
+        ranks = {bytes([i]): i for i in range(256)}
+        kw = dict(pat_str=r'[\s\S]+', mergeable_ranks=ranks, special_tokens={EOT: 256})
+        return tiktoken.Encoding('bytes', **kw)
+    assert name == 'gpt2', name
+    content = {}
+    for file, sha256 in BPE_SHA256.items():
+        rel, url = f'gpt2_bpe/{file}', BPE_ADDRESS + file
+        path = download.find(rel, data_dir)
+        path = path or download.download([url], files.cached(rel), sha256=sha256)
+        content[file] = files.read_bytes(path)
+        if hashlib.sha256(content[file]).hexdigest() != sha256:
+            why = f"is not GPT-2's {file} (its sha256 differs)"
+            raise UserError(f'{path} {why}; replace or remove it')
+    # the files write a printable Latin-1 byte as itself, the others as characters 256, 257, ...
+    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
+    order = plain + [b for b in range(256) if b not in plain]
+    byte = {chr(b) if i < len(plain) else chr(256 + i - len(plain)): b for i, b in enumerate(order)}
+    ranks = {bytes([b]): i for i, b in enumerate(order)}
+    for i, merge in enumerate(content['vocab.bpe'].decode().split('\n')[1:-1]):  # line 1: version
+        ranks[bytes(byte[c] for c in merge if c != ' ')] = 256 + i
+    ids = json.loads(content['encoder.json'])
+    assert ids.pop(EOT) == len(ranks)
+    assert ranks == {bytes(byte[c] for c in k): v for k, v in ids.items()}
+    kw = dict(mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    return tiktoken.Encoding('gpt2', pat_str=GPT2_PATTERN, **kw)
+
+
+class Tokens:
+    """The ids of many texts in one flat array: t[i] is a view, (length,) uint16."""
+
+    def __init__(self, flat, starts):
+        self.flat, self.starts = flat, starts  # (n_tokens,) uint16, (n + 1,) int64
+        self.lengths = np.diff(starts)  # (n,) int64
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        return self.flat[self.starts[i] : self.starts[i + 1]]
+
+
+def tokenize(enc, texts, cache=True):
+    """Texts -> Tokens. '<|endoftext|>' inside a text is plain text; an empty text becomes that
+    one special id. cache: keep the ids in the cache, under a hash of tokenizer and texts."""
+    assert enc.n_vocab <= 1 << 16, 'ids are stored in 16 bits'
+    h = hashlib.sha256(f'1 {enc.name} {enc.n_vocab}'.encode())  # 1: version of this function
+    for t in texts:
+        raw = t.encode('utf-8', 'surrogatepass')
+        h.update(b'%d:' % len(raw) + raw)
+    path = files.cached(f'tokens/{h.hexdigest()[:32]}.npz')
+    tokens = read_cached(path, len(texts), enc.n_vocab) if cache else None
+    if tokens is not None:
+        return tokens
+    arrays = []
+    for start in range(0, len(texts), 4096):  # IMDB as lists of Python ints would take 0.5 GB
+        part = texts[start : start + 4096]
+        short = ['' if len(t) > LONG else t for t in part]
+        ids = enc.encode_ordinary_batch(short, num_threads=os.cpu_count() or 1)
+        for i, t in enumerate(part):
+            if len(t) > LONG:
+                ids[i] = [x for piece in CUT.findall(t) for x in enc.encode_ordinary(piece)]
+            arrays.append(np.array(ids[i] or [enc.eot_token], np.uint16))
+    starts = np.cumsum([0] + [len(a) for a in arrays], dtype=np.int64)
+    flat = np.concatenate(arrays) if arrays else np.empty(0, np.uint16)
+    if cache:
+        buffer = io.BytesIO()
+        np.savez(buffer, flat=flat, starts=starts)
+        files.write_atomic(path, buffer.getvalue(), every_rank=True)
+    return Tokens(flat, starts)
+
+
+def read_cached(path, n, n_vocab):
+    """-> Tokens of n texts, or None if the file is missing or damaged"""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            flat, starts = z['flat'], z['starts']
+        kinds = flat.dtype, starts.dtype, starts.shape, flat.shape
+        valid = kinds == (np.uint16, np.int64, (n + 1,), (starts[-1],)) and starts[0] == 0
+        valid = valid and (np.diff(starts) > 0).all() and flat.max(initial=0) < n_vocab
+        return Tokens(flat, starts) if valid else None
+    except Exception:  # numpy raises many types for a damaged file
+        return None

@@ -1,0 +1,248 @@
+"""What surrounds the training loop: the plan of its steps, optimizer and clipping, the
+log. Called by both train scripts, which spell out the loop itself."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.utils.checkpoint import checkpoint
+
+from lib import files, ranks
+from lib.files import UserError
+
+
+class Plan:
+    """The steps of a run: which rows each takes, at what learning rate, and when to evaluate.
+
+    lengths (N,): tokens of every training text.  batches(lengths, step_rows, seed, epoch): the rows
+    of each step of an epoch (data.batches).  epochs: if given, instead of max_steps."""
+
+    def __init__(self, args, lengths, batches, max_steps, epochs, lr):
+        self.args, self.lengths, self.batches, self.lr = args, lengths, batches, lr
+        self.step_rows = args.batch_size * args.grad_accum
+        self.epoch_steps = math.ceil(len(lengths) / self.step_rows)
+        self.max_steps = math.ceil(epochs * self.epoch_steps) if epochs else max_steps
+        self.eval_every = args.eval_every or max(1, math.ceil(self.max_steps / 4))
+        self.cached = (None, [])  # epoch, rows of its steps
+
+    def __str__(self):
+        epochs = self.max_steps / self.epoch_steps
+        epochs = f'{epochs:.2f}' if epochs < 1 else f'{epochs:.1f}'
+        return f'{self.max_steps} steps of {self.step_rows} rows = {epochs} epochs'
+
+    def hint(self, given):
+        """The flag for a whole epoch, where the default of --max_steps is shorter. given: names of
+        the flags that were typed."""
+        shorter = self.max_steps < self.epoch_steps and not given & {'max_steps', 'epochs'}
+        return ' (--epochs 1 would read every row once)' if shorter else ''
+
+    def rows(self, step):
+        """Training rows of a step; 1 is the first."""
+        epoch, i = divmod(step - 1, self.epoch_steps)
+        if self.cached[0] != epoch:
+            rows = self.batches(self.lengths, self.step_rows, self.args.seed, epoch)
+            self.cached = epoch, rows
+        return self.cached[1][i]
+
+    def parts(self, rows):
+        """Rows of a step -> this rank's, in --grad_accum parts of like length, and the factor of
+        their loss (ranks.rank_part)."""
+        own, factor = ranks.rank_part(rows[np.argsort(self.lengths[rows])])
+        return np.array_split(own, min(self.args.grad_accum, len(own))), factor
+
+    def steps(self, opt, interrupt, done):
+        """Yield (step, rows) from step done + 1 to the last, or until a rank is interrupted. Sets
+        the learning rate, and seeds dropout."""
+        for step in range(done, self.max_steps):
+            if ranks.any_rank(interrupt.requested):
+                return
+            self.rate = lr_at(step, self.max_steps, self.lr, self.args.warmup, self.args.schedule)
+            for group in opt.param_groups:
+                group['lr'] = self.rate
+            seed_step(self.args.seed, step)
+            yield step + 1, self.rows(step + 1)
+
+    def evaluates(self, step):
+        """Is the model evaluated after this step?"""
+        return step % self.eval_every == 0 or step == self.max_steps
+
+
+def lr_at(step, max_steps, lr, warmup, schedule):
+    """Learning rate of a step, 0 is the first: linear warm-up over the fraction `warmup` of the
+    steps, then linear or cosine to 0, or constant."""
+    n = math.ceil(warmup * max_steps)
+    if step < n:
+        return lr * (step + 1) / n
+    x = (step - n) / max(1, max_steps - n)  # 0 .. 1
+    cosine = 0.5 * (1 + math.cos(math.pi * x))
+    return lr * {'linear': 1 - x, 'cosine': cosine, 'constant': 1.0}[schedule]
+
+
+def seed_step(seed, step):
+    """Make dropout a pure function of seed, step and rank, so that a resumed run continues as if it
+    had never stopped."""
+    digest = hashlib.sha256(f'{seed} {step} {ranks.rank()}'.encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], 'little'))
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW over what trains, fused where possible. Biases, LayerNorm, embeddings and prompt
+    vectors are not decayed."""
+    embeddings = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    embeddings |= {model.prompt}
+    train = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in train if p.dim() >= 2 and p not in embeddings]
+    rest = [p for p in train if p.dim() < 2 or p in embeddings]
+    pairs = ((decay, weight_decay), (rest, 0.0))
+    groups = [dict(params=params, weight_decay=wd) for params, wd in pairs if params]
+    fused = train[0].device.type in ('cuda', 'cpu')
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+
+
+def clip_grad_norm_(params, max_norm):
+    """torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, arXiv 1211.5063), 0 = off -> the norm
+    (). On a CPU by dot products, in two thirds of the time, and it skips the scaling when it is not
+    needed (on a GPU that test would synchronize)."""
+    max_norm, grads = max_norm or math.inf, [p.grad for p in params if p.grad is not None]
+    if any(g.device.type != 'cpu' for g in grads):
+        return nn.utils.clip_grad_norm_(params, max_norm)
+    norm = torch.stack([g.dot(g) for g in map(torch.flatten, grads)]).sum().sqrt()
+    if not norm <= max_norm:  # also for NaN, which spreads as in torch
+        torch._foreach_mul_(grads, max_norm / (norm + 1e-6))
+    return norm
+
+
+def wrap_blocks(model, args):
+    """--gradient_checkpointing: a block keeps no activations and computes them again in backward.
+    --compile: blocks run compiled."""
+    for block in model.h:
+        if args.gradient_checkpointing:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if args.compile:
+            block.compile(dynamic=True)
+
+
+# --- what can stop a run ---
+
+
+@contextlib.contextmanager
+def memory_advice(args):
+    """Inside, out of memory is a UserError that names a batch size to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        no_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
+        if not no_memory and "can't allocate memory" not in str(e):
+            raise
+        smaller = 'a smaller --max_length'
+        if args.batch_size > 1:
+            smaller = f'--batch_size {args.batch_size // 2} --grad_accum {2 * args.grad_accum}'
+            smaller += '' if args.batch_size % 2 else ' (the same steps)'
+        again = '' if args.gradient_checkpointing or args.method == 'head' else ', or'
+        again += ' --gradient_checkpointing' if again else ''
+        where = f'--batch_size {args.batch_size} and --max_length {args.max_length}'
+        raise UserError(f'out of memory at {where}: try {smaller}{again}') from None
+
+
+def check_finite(losses, step, plan, texts):
+    """Mean of the losses (tensors of one value) of the last steps up to `step`, summed over the
+    ranks. Raises UserError if one is not finite, with texts of its step: a single one can be the
+    cause."""
+    values = ranks.all_reduce(torch.stack(losses).detach().cpu().double()).tolist()
+    for bad, value in enumerate(values, step - len(values) + 1):
+        if not math.isfinite(value):
+            rows = np.sort(plan.rows(bad))
+            shown = ', '.join(json.dumps(texts[i][:60], ensure_ascii=False) for i in rows[:3])
+            shown += f' and {len(rows) - 3} more' if len(rows) > 3 else ''
+            raise UserError(
+                f'the loss or its gradient is not finite ({value}) at step {bad}, whose texts are '
+                f'{shown}: try a smaller --lr than {plan.lr:g}, or --dtype fp32, or look at these '
+                f'texts; {plan.args.out} has the last checkpoint, and --resume continues from it'
+            )
+    return sum(values) / len(values)
+
+
+# --- the log ---
+
+
+class Log:
+    """log.jsonl of a run, and what the terminal shows of it: a line that is rewritten on a
+    terminal, plain lines in a pipe. The loop calls count() for each part, add() for each step.
+
+    texts: those that the rows of the plan stand for.  done: steps of a resumed run; later lines are
+    dropped.  extra: fields of every line."""
+
+    def __init__(self, out, plan, texts, done=0, extra=None):
+        self.path, self.plan, self.texts = os.path.join(out, 'log.jsonl'), plan, texts
+        self.extra, self.tty, kept = extra or {}, sys.stdout.isatty(), []
+        if done and os.path.isfile(self.path):
+            with open(self.path, encoding='utf-8', errors='replace') as f:
+                lines = [line for line in f if line.endswith('\n')]
+            kept = [line for line in lines if (log_row(line) or {}).get('step', done + 1) <= done]
+        files.write_atomic(self.path, ''.join(kept))
+        self.restart()
+
+    def restart(self):
+        """Start counting and the clock anew: the speeds are those of training alone."""
+        self.losses, self.rows, self.real, self.padded = [], 0, 0, 0
+        self.since = time.perf_counter()
+
+    def count(self, real, padded):
+        """Add a part's tokens, without and with padding."""
+        self.real, self.padded = self.real + int(real), self.padded + padded
+
+    def add(self, step, loss, norm, rows):
+        """Add a step: its loss () of this rank, its gradient's norm () or None, its number of rows.
+        Writes a line every --log_every steps and before an evaluation."""
+        loss = loss / ranks.world_size()
+        self.losses.append(loss if norm is None else loss + 0.0 * norm)  # finite if both are
+        self.rows += rows
+        if step % self.plan.args.log_every == 0 or self.plan.evaluates(step):
+            loss, seconds = self.check(step), time.perf_counter() - self.since
+            real, padded = ranks.all_reduce(torch.tensor([self.real, self.padded])).tolist()
+            record = dict(step=step, loss=loss, lr=self.plan.rate)
+            record.update(examples_per_s=self.rows / seconds, tokens_per_s=real / seconds)
+            record.update(pad_share=1 - real / padded)
+            self.write(seconds / len(self.losses), **record)
+            self.restart()
+
+    def check(self, step):
+        """Mean loss since the last line. Raises UserError if a loss is not finite."""
+        return check_finite(self.losses, step, self.plan, self.texts) if self.losses else None
+
+    def write(self, seconds_per_step=0.0, **record):
+        """Write and show one line."""
+        try:
+            with open(self.path if files.WRITES else os.devnull, 'a', encoding='utf-8') as f:
+                f.write(json.dumps({**record, **self.extra}) + '\n')
+        except OSError as e:
+            raise files.cannot_write(self.path, e) from None
+        text = f'step {record["step"]}/{self.plan.max_steps}  '
+        if 'loss' in record:
+            left = int((self.plan.max_steps - record['step']) * seconds_per_step)
+            line = '{loss:.4f}  lr {lr:.1e}  {examples_per_s:.1f} examples/s  {tokens_per_s:.0f} '
+            text += 'loss ' + line.format(**record) + 'tokens/s  padding '
+            text += f'{100 * record["pad_share"]:.1f} %  {left // 60}:{left % 60:02d} left'
+        else:
+            text += '  '.join(f'{k} {v:.4f}' for k, v in record.items() if k != 'step')
+        end = '' if self.tty and 'loss' in record else '\n'
+        print(('\r\033[K' if self.tty else '') + text, end=end, flush=True)
+
+
+def log_row(line):
+    """A line of log.jsonl -> {key: value}; None if a crash has cut it off or damaged it."""
+    try:
+        row = files.parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or type(row.get('step')) is not int:
+        return None
+    return row if all(isinstance(v, (int, float, str)) for v in row.values()) else None
