@@ -1,0 +1,352 @@
+"""bench.py."""
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import unittest.mock
+from types import SimpleNamespace
+
+import torch
+
+import bench
+import data
+import lib.tokens
+import lib.training
+import predict
+import train_cls
+import train_gen
+from lib import workload
+from lib.files import UserError, cache_dir, make_folder, read_json, write_json
+from lib.measure import CLASSES, flops
+from lib.peers import ANSWER
+from lib.tokens import tokenizer
+from lib.training import Log
+from model import GPT, SHAPES, Config
+from tests.helpers import (
+    TOP,
+    environment,
+    fresh_cache,
+    hugging_face,
+    patched,
+    raises,
+    real_data,
+    script,
+    tmp,
+    write,
+)
+
+
+@contextlib.contextmanager
+def little_world():
+    """A cache and data sets of a few rows under the published names, and a little GPT-2 under one
+    of its names. -> the data folder"""
+    folder = tmp()
+    bpe = os.path.join(real_data('gpt2_bpe'), 'gpt2_bpe')
+    shutil.copytree(bpe, os.path.join(folder, 'gpt2_bpe'))
+    line = dict(sst2='a {1} film {0}\t{2}\n', sms_spam='{3}\tcall {1} {0}\n')
+    line.update(ag_news_csv='"{4}","{1} {0}","news"\n')
+    for name, file, n in (
+        ('sst2', 'train.tsv', 60),
+        ('sst2', 'dev.tsv', 8),
+        ('sms_spam', 'SMSSpamCollection', 80),
+        ('ag_news_csv', 'train.csv', 80),
+        ('ag_news_csv', 'test.csv', 40),
+    ):
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
+        k, rows = 4 if name == 'ag_news_csv' else 2, []
+        for i in range(n):
+            word = ('dull', 'fine', 'red', 'blue')[i % k]  # each tells its class
+            row = f'{file} {i}', word, i % 2, ('ham', 'spam')[i % 2], 1 + i % 4
+            rows.append(line[name].format(*row))
+        write(os.path.join(name, file), ''.join(rows), folder)
+    little = unittest.mock.patch.dict(SHAPES, distilgpt2=Config(2, 2, 32))
+    with fresh_cache(), environment(NANOCLS_DATA=folder), little:
+        yield folder
+
+
+def in_this_process(command, **kw):
+    """subprocess.run of bench.py, without the seconds that an interpreter needs for torch."""
+    if command[1] == '-c':
+        if command[2] == ANSWER:
+            with patched(sys, 'argv', command[2:]):
+                text = script(lambda code: exec(code[0], {}), [command[2]])[1]
+            assert len(json.loads(text)[0]) == 2, text
+        return SimpleNamespace(returncode=0, stdout='', stderr='')
+    scripts = {'bench.py': bench, 'train_cls.py': train_cls, 'predict.py': predict}
+    main = scripts[os.path.basename(command[1])].main
+    assert command[0] == sys.executable and os.path.isabs(command[1])
+    code, out, err = script(main, command[2:])
+    return SimpleNamespace(returncode=code or 0, stdout=out, stderr=err)
+
+
+LITTLE = '--model distilgpt2 --device cpu --dtype fp32 --batch_size 2 --repeats 1'.split()
+
+
+def bench_of(task, *flags):
+    """bench.py on a little shape -> (what it printed, the figures it wrote)"""
+    path = os.path.join(tmp(), 'figures.json')
+    text = script(bench.main, ['--task', task, *LITTLE, *flags, '--json', path])[1]
+    found = read_json(path)
+    assert (found['task'], found['model'], found['dtype']) == (task, 'distilgpt2', 'fp32')
+    assert found['matmul_gflops'] == 50.0
+    return text, found
+
+
+@contextlib.contextmanager
+def little_bench():
+    """Where bench.py can be run without waiting."""
+    here = patched(subprocess, 'run', in_this_process)
+    once = patched(lib.tokens, 'tokenizer', functools.cache(tokenizer))
+    with little_world(), here, once, patched(bench, 'matmul_rate', lambda *a: 50.0):
+        yield
+
+
+def test_bench_ours():
+    """Every task without peers: consistent figures, and nothing stays patched."""
+    before = Log, data.collate
+    with little_bench():
+        for task, *flags in (
+            ['lora'],
+            ['full'],
+            ['last'],
+            ['head'],
+            ['adapter', '--against', 'hf'],
+            ['eval', '--rows', '20'],
+            ['predict', '--rows', '20'],
+            ['gen', '--rows', '6', '--top', '1'],
+            ['startup'],
+        ):
+            flags += ['--steps', '6'] if task in bench.METHODS else []
+            text, found = bench_of(task, *flags)
+            row = found['rows']['nanocls']
+            assert found['ratio'] == {} and ('no peer' in text) == (task == 'adapter'), (task, text)
+            if task == 'startup':
+                assert row['seconds'] > 0
+                assert list(found['rows']) == ['nanocls', 'import torch, numpy']
+                assert 'import torch, numpy' in text
+                continue
+            assert row['blocks'] == (bench.EPOCHS - 1 if task in bench.METHODS else 1), (task, row)
+            assert 1 < row['tokens_per_s'] / row['examples_per_s'] < 12, (task, row)
+            assert 0 <= row['pad_share'] < 0.5 and row['memory_mib'] > 50, (task, row)
+            assert row['share_of_matmul'] == row['gflops'] / 50, (task, row, text)
+            assert f'{row["examples_per_s"]:.1f} examples/s' in text, (task, row, text)
+        assert len(os.listdir(os.path.join(cache_dir(), 'bench'))) == 1  # one base for all
+    assert (Log, data.collate) == before
+
+
+def test_bench_leaves_the_first_epoch_out():
+    """Blocks are epochs without the first one, with as many rows as the steps take; nothing is
+    evaluated. --extra reaches train_cls.py."""
+    records = []
+
+    def main(argv):
+        args = train_cls.parse(argv)[0]
+        assert args.gradient_checkpointing == (args.method == 'lora')
+        make_folder(args.out)
+        log = lib.training.Log(args.out, SimpleNamespace(args=args, max_steps=args.max_steps), [])
+        for step in range(args.log_every, args.max_steps + 1, args.log_every):
+            records.append((args.max_samples, args.max_steps, args.log_every, step))
+            speeds = dict(examples_per_s=float(step), tokens_per_s=10.0 * step, pad_share=0.25)
+            log.write(step=step, loss=1.0, lr=0.1, **speeds)
+        raise AssertionError('the evaluation')
+
+    with little_bench(), patched(train_cls, 'main', main):
+        epochs = bench.EPOCHS
+        for task in ('lora', 'head'):
+            records.clear()
+            extra = ['--extra=--gradient_checkpointing'] * (task == 'lora')
+            row = bench_of(task, '--steps', '5', *extra)[1]['rows']['nanocls']
+            assert records == [(5, 5 * epochs, 5, 5 * i) for i in range(1, epochs + 1)], records
+            assert row['blocks'] == epochs - 1, row
+            assert row['examples_per_s'] == 5 * (epochs + 2) / 2 and row['pad_share'] == 0.25, row
+    with little_bench(), patched(train_cls, 'main', lambda argv: None):
+        argv = ['--task', 'lora', *LITTLE, '--steps', '5']
+        raises(UserError, bench.main, argv, match=f'without logging step {5 * epochs}')
+
+
+def test_bench_takes_turns():
+    """Both peers of every task on a small shape: figures of all sides, and the ratios."""
+    hugging_face('LoraConfig')  # or a visible skip
+    names = ['nanocls', *(f'Hugging Face {peer}' for peer in bench.PEERS)]
+    with little_bench():
+        for task, *flags in (
+            ['lora'],
+            ['full'],
+            ['last'],
+            ['head'],
+            ['eval', '--rows', '20'],
+            ['predict', '--rows', '20'],
+            ['gen', '--rows', '6'],
+            ['startup'],
+        ):
+            flags += ['--steps', '6'] if task in bench.METHODS else []
+            text, found = bench_of(task, *flags, '--against', 'hf')
+            rows = found['rows']
+            assert [name for name in rows if name != 'import torch, numpy'] == names, (task, rows)
+            for peer in bench.PEERS:
+                mine, row = rows['nanocls'], rows[f'Hugging Face {peer}']
+                if task == 'startup':
+                    ratio = row['seconds'] / mine['seconds']
+                else:
+                    ratio = mine['tokens_per_s'] / row['tokens_per_s']
+                assert found['ratio'][peer] == ratio, (task, text)
+                assert f'against {peer}: {ratio:.2f} times as fast' in text, (task, text)
+                if task != 'startup':
+                    memory = mine['memory_mib'] / row['memory_mib']
+                    assert found['memory_ratio'][peer] == memory, (task, row)
+                    assert row['gflops'] > 0, (task, row)
+                if task in ('eval', 'gen', 'predict'):  # the same texts
+                    lengths = [r['tokens_per_s'] / r['examples_per_s'] for r in (row, mine)]
+                    assert abs(lengths[0] - lengths[1]) < 2.01, (task, rows)
+
+
+def test_bench_peers_batches():
+    """`default` pads random batches, `best` batches of like length; dropout and precision are as
+    promised."""
+    Trainer = hugging_face('Trainer')
+    seen, init = [], Trainer.__init__
+
+    def watched(self, model, args, **k):
+        batches = args.train_sampling_strategy, args.per_device_train_batch_size
+        seen.append((*batches, args.bf16, model.config.resid_pdrop))
+        init(self, model, args, **k)
+
+    with little_bench(), patched(Trainer, '__init__', watched):
+        rows = ''.join(f'{"fine " * (1 + 37 * i % 40)}film {i}\t{i % 2}\n' for i in range(240))
+        write(os.path.join('sst2', 'train.tsv'), rows, os.environ['NANOCLS_DATA'])
+        flags = '--steps 20 --dtype fp32 --against hf --batch_size 4'.split()
+        found = bench_of('head', *flags)[1]['rows']
+        random = 'random', 4, False, 0.1
+        assert seen == [random, random, ('group_by_length', 4, False, 0.0)], seen
+        default, best = (found[f'Hugging Face {peer}']['pad_share'] for peer in ('default', 'best'))
+        assert default > 0.25 > 2 * best, (default, best)
+    args = SimpleNamespace(hf_dtype=None, dtype='bf16')
+    assert [bench.precision(args, peer) for peer in bench.PEERS] == ['fp32', 'bf16', 'bf16']
+    assert bench.precision(SimpleNamespace(hf_dtype='bf16', dtype='fp32'), 'default') == 'bf16'
+
+
+def test_bench_length():
+    """All texts have the given number of tokens, on both sides; one step is enough."""
+    with little_bench():
+        rows = ''.join(f'a fine film {i} \t{i % 2}\n' for i in range(300))
+        write(os.path.join('sst2', 'train.tsv'), rows, os.environ['NANOCLS_DATA'])
+        for task, steps in (('lora', 1), ('last', 3)):
+            row = bench_of(task, '--steps', str(steps), '--length', '16')[1]['rows']['nanocls']
+            assert row['pad_share'] == 0, row
+            assert abs(row['tokens_per_s'] / row['examples_per_s'] - 16) < 1e-6, row
+        texts = workload.texts_of_length(50, 20)
+        enc = tokenizer('gpt2')
+        assert len(set(texts)) == 20 and {len(enc.encode_ordinary(text)) for text in texts} == {50}
+        raises(UserError, workload.texts_of_length, 16, 1000, match='lower it')
+        for flags, words in (
+            (['--task', 'gen', '--length', '16'], '--length does nothing'),
+            (['--length', '2000'], 'positions'),
+            (['--rows', '5'], '--rows does nothing'),
+        ):
+            raises(UserError, bench.main, LITTLE + flags, match=words)
+    failed = SimpleNamespace(returncode=2, stdout='', stderr='error:\nno luck')
+    with little_world(), patched(subprocess, 'run', lambda *a, **k: failed):
+        raises(UserError, bench.main, LITTLE, match='nanocls failed: error: no luck')
+
+
+def test_bench_flops():
+    """The formula agrees with torch's own count of a forward pass, and the tasks with one
+    another."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = Config(3, 4, 32, 64, 300)
+    model = GPT(cfg, 2).init_weights()
+
+    def counted(n, run):
+        """Without attention, whose kernel is counted whole, though half of it is masked."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run(torch.zeros(1, n, dtype=torch.long), torch.tensor([n]))
+        counts = counter.get_flop_counts()['Global'].items()
+        return sum(c for op, c in counts if 'attention' not in str(op))
+
+    def score(ids, lengths):
+        everywhere = torch.ones_like(ids, dtype=torch.bool)
+        return model.next_logprobs(model.hidden(ids), ids, everywhere)
+
+    C, L = cfg.n_embd, cfg.n_layer
+    for n in (1, 7, 40):
+        pairs = 4 * C * ((L - 1) * n * (n + 1) / 2 + n)  # 2 for the score and 2 for the sum, each C
+        head = 2 * C * 2
+        # the plain model computes the last block at all positions; one is enough, of all but K, V
+        last_block = (24 * C * C - 4 * C * C) * (n - 1)
+        plain = counted(n, model.classify) - last_block - head + pairs
+        assert flops('head', cfg, [n]) == plain, n
+        T = n + 1  # <|endoftext|> in front; the one behind is a target only
+        scored = counted(T, score) + 4 * C * L * T * (T + 1) / 2
+        gen, top = flops('gen', cfg, [n]), flops('gen', cfg, [n], top=1)
+        assert gen == CLASSES * scored, n
+        assert flops('gen', cfg, [n], top=3) == gen > top
+        shared = (24 * C * C * T + 2 * C * T * (T + 1)) * (L - 1) * (CLASSES - 1)
+        assert gen - top == shared, n
+        forward = flops('eval', cfg, [n])
+        assert forward == flops('head', cfg, [n]) == flops('predict', cfg, [n])
+        assert flops('full', cfg, [n]) == 3 * forward
+        assert flops('lora', cfg, [n]) == 2 * forward + pairs == flops('adapter', cfg, [n])
+        block = 4 * C * C * n + 20 * C * C + 4 * C * n
+        assert flops('last', cfg, [n]) == forward + 2 * block, n
+    assert flops('lora', cfg, [7, 40]) == flops('lora', cfg, [7]) + flops('lora', cfg, [40])
+    assert bench.matmul_rate('cpu', torch.float32, 64) > 0.01
+
+
+def test_bench_memory():
+    """The peak is that of the process, and stays after the memory was freed."""
+    code = """
+import bench
+before = bench.peak_memory("cpu")
+x = bench.torch.ones(100 * 2**18)
+del x
+print(before, bench.peak_memory("cpu"))"""
+    how = dict(stdout=subprocess.PIPE, text=True, check=True, cwd=TOP)
+    before, after = map(float, subprocess.run([sys.executable, '-c', code], **how).stdout.split())
+    assert before < 2000 and 90 < after - before < 150, (before, after)
+
+
+def test_bench_curves():
+    """Which scripts it runs, with flags that they know, and which accuracy goes into which
+    column."""
+    ran = []
+
+    def run(command, **kw):
+        name, flags = os.path.basename(command[1]), command[2:]
+        out = flags[flags.index('--out') + 1]
+        if '--resume' in flags:
+            kind = 'posterior'
+            assert out in [made for _, _, made in ran] and '--posterior_steps' in flags
+        else:
+            args = (train_cls if name == 'train_cls.py' else train_gen).parse(flags)[0]
+            kind = 'base' if args.method == 'pretrain' else name
+            assert kind == 'base' or args.model == ran[0][2], 'all over the one base'
+            make_folder(out)
+        ran.append((kind, flags, out))
+        if kind != 'base':
+            accuracy = {'train_cls.py': 0.75, 'train_gen.py': 0.5, 'posterior': 0.25}[kind]
+            write_json(os.path.join(out, 'eval_results.json'), dict(accuracy=accuracy))
+        return SimpleNamespace(returncode=0, stdout='')
+
+    with little_world(), patched(subprocess, 'run', run):
+        for name in ('agnews', 'sms'):
+            ran.clear()
+            path = os.path.join(tmp(), 'rows.json')
+            argv = ['--task', 'curves', '--data', name, '--repeats', '1', '--json', path]
+            text = script(bench.main, argv)[1]
+            kinds = ['train_cls.py', 'train_gen.py', 'posterior']
+            assert [kind for kind, _, _ in ran] == ['base', *3 * kinds]
+            rows = read_json(path)
+            assert [r['size'] for r in rows] == [100, 1000, 'all'], rows
+            assert rows[0]['rows'] == dict(agnews=72, sms=56)[name], rows
+            kinds = dict(naive_bayes=1, discriminative=0.75, generative=0.5, posterior=0.25)
+            assert all({kind: r[kind] for kind in kinds} == kinds for r in rows), rows
+            line = 'all rows per class: naive_bayes 100.00 +- nan, discriminative 75.00 +- nan, '
+            assert f'{line}generative 50.00' in text, text
+    failed, argv = SimpleNamespace(returncode=2, stdout='error: no'), ['--task', 'curves']
+    with little_world(), patched(subprocess, 'run', lambda *a, **k: failed):
+        raises(UserError, bench.main, [*argv, '--data', 'sms'], match='train_gen.py --pretrain')

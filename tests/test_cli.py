@@ -1,0 +1,288 @@
+"""lib/cli.py, and the scripts as a user runs them."""
+
+import contextlib
+import io
+import os
+import runpy
+import signal
+import subprocess
+import sys
+
+import torch
+
+import data
+import lib.training
+import train_cls
+import train_gen
+from lib.cli import Parser, above_zero, positive
+from lib.files import UserError
+from lib.runfolder import free_folder
+from tests.helpers import (
+    SCRATCH,
+    TINY,
+    TOP,
+    Stop,
+    generate,
+    over_base,
+    patched,
+    raises,
+    records,
+    script,
+    tiny_run,
+    tmp,
+    train,
+    write,
+)
+
+SCRIPTS = ('train_cls', 'train_gen', 'predict', 'eval', 'bench', 'data')
+
+
+def python(*argv, **options):
+    """A Python in the folder of the scripts -> what it did."""
+    options = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'cwd': TOP, **options}
+    return subprocess.run([sys.executable, *argv], text=True, **options)
+
+
+def test_parser():
+    p = Parser()
+    p.add_argument('texts', nargs='*')
+    p.add_argument('--max_steps', type=positive, default=5)
+    p.add_argument('--flag', action='store_true')
+    p.add_argument('--lr', type=above_zero)
+    a, given = p.parse(['--max-steps', '7', '--lr=1e-3', 'hello', '--', '--max-steps'])
+    assert (a.max_steps, a.lr, a.texts) == (7, 1e-3, ['hello', '--max-steps']), a
+    assert given == {'max_steps', 'lr', 'texts'}, given
+    assert p.parse([])[1] == set() and p.parse(['--max_steps=5'])[1] == {'max_steps'}
+    raises(UserError, p.parse, ['--max-stepz', '3'], match='did you mean --max_steps?')
+    raises(UserError, p.parse, ['--max', '3'], match='unrecognized')
+    raises(UserError, p.parse, ['--max_steps', '0'], match="'0' is not a whole number above 0")
+    raises(UserError, p.parse, ['--lr', 'fast'], match='--lr')
+    raises(UserError, p.parse, ['--lr', 'nan'], match='--lr')
+
+
+def test_cli_exit_codes():
+    start = 'from lib import cli, files\n'
+
+    def run(code):
+        done = python('-c', f'{start}def main():\n {code}\ncli.run(main)')
+        return done.returncode, done.stderr.strip()
+
+    assert run('return None') == (0, '') and run('return 3') == (3, '')
+    said = run("raise files.Unavailable('no such thing; do this')")
+    assert said == (2, 'error: no such thing; do this')
+    assert run('raise KeyboardInterrupt') == (130, 'interrupted')
+    code, err = run("raise ValueError('bug')")
+    assert code == 1 and 'Traceback' in err
+    read, written = os.pipe()
+    os.close(read)  # nobody listens any more
+    done = python('-c', start + "cli.run(lambda: print('x' * 99999))", stdout=written)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (0, ''), done
+
+
+def test_flags_that_make_no_sense():
+    for argv, match in (
+        (['--r', '0'], 'above 0'),
+        (['--head', '--r', '4'], '--r does nothing without --lora'),
+        (['--lora', '--head'], 'not allowed with'),
+        (['--n_layer', '2'], '--n_layer does nothing without --scratch'),
+        (['--max-steps', '3', '--epochs', '1'], 'give one of them'),
+        (['--lorra'], 'did you mean --lora'),
+        (['--dropout', '1.5'], '--dropout'),
+        (['--lr', 'nan'], '--lr'),
+        (['--resume'], '--out'),
+        (['--data', 'nowhere.csv'], 'nowhere.csv'),
+        (['--targets', 'q_proj', *TINY], 'matches no layer'),
+        (['--last', '99', *TINY], '--last 99'),
+        (['--top', '3', *TINY], '--top 3: this model has 2 blocks'),
+        (['--full', '--top', '1', *TINY], '--top does nothing without --lora'),
+        (['--prompt', '300', *TINY], '--prompt 300'),
+        (['--max_length', '999', *TINY], '--max_length 999'),
+        (['--bottleneck', '4'], '--adapter'),
+        (['--n_head', '5', *TINY[:3]], 'not a multiple'),
+        (['--resume', '--out', tmp()], 'no resume.pt'),
+        (['--device', 'abacus', *TINY], 'abacus'),
+    ):
+        resumes = '--resume' in argv
+        out = [] if resumes else ['--out', os.path.join(tmp(), 'x')]
+        raises(UserError, train_cls.main, argv + out, match=match)
+    taken = [*TINY, '--out', tiny_run('lora')]
+    raises(UserError, train_cls.main, taken, match='already holds a run')
+
+
+def test_default_run_folder():
+    """runs/DATA-METHOD in the working folder, numbered if it is taken."""
+    here, folder = os.getcwd(), tmp()
+    try:
+        os.chdir(folder)
+        for name in ('runs/demo-head', 'runs/demo-head-2', 'runs/demo-head-3'):
+            code, text, _ = script(train_cls.main, [*TINY, '--head', '--max_steps', '1'])
+            assert not code and os.path.isfile(os.path.join(name, 'run.json'))
+            assert f'saved in {name};' in text
+        assert free_folder('some/where/mine.csv', 'lora') == os.path.join('runs', 'mine-lora')
+    finally:
+        os.chdir(here)
+
+
+def test_dash_and_underscore_are_the_same_flag():
+    for flag in ('--max-steps', '--max_steps'):
+        assert records(train(*TINY, '--head', flag, '2')[0])[-1]['step'] == 2
+
+
+def test_truncate_is_the_old_name_of_keep():
+    """--truncate head kept the head. It still does, with a note; --help lists the new name."""
+
+    def parsed(parse, *argv):
+        seen = []
+        _, text, err = script(lambda argv: seen.append(parse(argv)[0]), argv)
+        return seen[0].keep, text + err
+
+    for parse in (train_cls.parse, train_gen.parse):
+        for old, new in (('head', 'first'), ('tail', 'last')):
+            keep, said = parsed(parse, '--truncate', old)
+            assert keep == new and f'--keep {new}' in said, said
+        assert parsed(parse, '--keep', 'last') == ('last', '')
+    for name in ('train_cls.py', 'train_gen.py'):
+        _, text, _ = as_script(os.path.join(TOP, name), '--help')
+        assert '--keep' in text and '--truncate' not in text
+
+
+def test_steps_of_less_than_an_epoch_are_announced():
+    """800 steps are 0.19 epochs of SST-2: the line that says so names the flag for more, unless
+    the length was chosen."""
+    rows = ''.join(f'row {i},{"ab"[i % 2]}\n' for i in range(99))
+    flags = ['--data', write('rows.csv', 'text,label\n' + rows), *SCRATCH, '--head']
+    flags += ['--batch_size', '1', '--log_every', '9']
+
+    def defaults(self, argv=None, parse=Parser.parse):
+        self.set_defaults(max_steps=7)
+        return parse(self, argv)
+
+    def line(*argv):
+        with patched(Parser, 'parse', defaults):
+            return next(x for x in train(*flags, *argv)[1].splitlines() if ' epochs' in x)
+
+    assert '0.09 epochs' in line() and '--epochs' in line()
+    assert '--epochs' not in line('--epochs', '0.1')
+    assert '--epochs' not in line('--max_steps', '2')
+
+
+def test_ctrl_c_while_importing():
+    """Torch takes seconds to import: Ctrl-C then ends each script with one word."""
+    folder = tmp()
+    # the handler is set because a shell that starts the tests in the background has SIGINT ignored
+    code = (
+        'import os, signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n'
+        'os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n'
+    )
+    for name in ('torch.py', 'numpy.py'):
+        write(name, code, folder)
+    for name in SCRIPTS:
+        p = python(f'{name}.py', 'x', env={**os.environ, 'PYTHONPATH': folder})
+        assert p.returncode in (-signal.SIGINT, 130) and p.stderr == 'interrupted\n', (name, p)
+
+
+def as_script(path, *argv):
+    """Run a script in this process, which has imported torch. -> exit code, stdout, stderr"""
+    out, err = io.StringIO(), io.StringIO()
+    hook, line = patched(sys, 'excepthook', sys.excepthook), patched(sys, 'argv', [path, *argv])
+    with hook, line, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(path, run_name='__main__')
+        except SystemExit as e:
+            return e.code, out.getvalue(), err.getvalue()
+
+
+def test_scripts_end_as_they_should():
+    """As a user runs them: exit codes, one sentence on stderr, no traceback."""
+    for name, argv, code, match in (
+        ('train_cls', ['--bogus'], 2, 'error: '),
+        ('eval', ['nowhere'], 2, 'nowhere'),
+        ('predict', ['nowhere', 'x'], 2, 'nowhere'),
+        ('data', ['nowhere'], 2, 'nowhere'),
+        ('bench', ['--task', 'x'], 2, '--task'),
+        ('train_cls', ['--help'], 0, None),
+        ('train_gen', ['--bogus'], 2, 'error: '),
+    ):
+        path = os.path.join(TOP, f'{name}.py')
+        ends = [as_script(path, *argv)]
+        if name == 'predict':  # also in a process of its own
+            p = python(path, *argv, cwd=tmp())
+            ends.append((p.returncode, p.stdout, p.stderr))
+        for got, _, err in ends:
+            assert got == code and 'Traceback' not in err, (name, got, err)
+            assert not match or match in err and len(err.strip().splitlines()) == 1, err
+
+
+# --- both training scripts ---
+
+
+def parser_of(parse):
+    """{flag: what it accepts and what --help says of it} of a training script."""
+
+    def catch(self, argv=None):
+        names = ('default', 'help', 'choices', 'type', 'nargs', 'metavar')
+        kinds = [(a.dest, [getattr(a, n) for n in names], type(a)) for a in self._actions]
+        raise Stop({dest: kind for dest, *kind in kinds})
+
+    with patched(Parser, 'parse', catch):
+        try:
+            parse([])
+        except Stop as e:
+            return e.args[0]
+
+
+def test_flags_of_both_scripts_are_the_same():
+    a, b = parser_of(train_cls.parse), parser_of(train_gen.parse)
+    assert len(set(a) & set(b)) > 30
+    for name in set(a) & set(b):
+        if name in ('lora', 'full'):  # one model there, one per class here
+            a[name][0][1] = b[name][0][1] = 'what it trains'
+        assert a[name] == b[name], (name, a[name], b[name])
+
+
+def steps_of(main, *argv):
+    """What the loop of a training script does, call by call."""
+    calls, restore = [], contextlib.ExitStack()
+
+    def spy(owner, name, note):
+        real = getattr(owner, name)
+
+        def noted(*a, **k):
+            out = real(*a, **k)
+            if torch.is_grad_enabled():
+                calls.append((name, *note(out, *a)))
+            return out
+
+        restore.enter_context(patched(owner, name, noted))
+
+    with restore:
+        spy(data, 'batches', lambda plan, *a: [[rows.tolist() for rows in plan]])
+        spy(data, 'collate', lambda out, tokens, index, *a: [sorted(index.tolist())])
+        spy(lib.training, 'lr_at', lambda rate, step, *a: [rate, step])
+        spy(lib.training, 'seed_step', lambda out, *a: a)
+        spy(lib.training, 'clip_grad_norm_', lambda norm, params, limit: [limit])
+        spy(torch.optim.AdamW, 'step', lambda out, opt, *a: [g['lr'] for g in opt.param_groups])
+        spy(torch.optim.AdamW, 'zero_grad', lambda out, *a: [])
+        spy(torch.Tensor, 'backward', lambda out, *a: [])
+        code = script(main, [*argv, '--out', os.path.join(tmp(), 'run')])[0]
+    assert not code
+    end = max(i for i, (name, *_) in enumerate(calls) if name == 'zero_grad')
+    return calls[: end + 1]  # without the calibration of a generative run
+
+
+def test_loops_of_both_scripts_take_the_same_steps():
+    """The loop is written out in both scripts. On the same rows, both take the same batches, parts,
+    rates, dropout seeds, clipping, backward passes and optimizer steps, in the same order, and log
+    the same steps."""
+    flags = over_base(*'--epochs 1.3 --batch_size 11 --grad_accum 3 --lr 1e-3 --clip 0.5'.split())
+    flags += '--eval_every 4 --log_every 3 --warmup 0.3 --schedule cosine --max_length 20'.split()
+    a = steps_of(train_cls.main, *flags, '--full')
+    b = steps_of(train_gen.main, *flags, '--prefix')
+    assert len(a) == len(b) > 50 and {name for name, *_ in a} >= {'backward', 'step', 'collate'}
+    for x, y in zip(a, b):
+        assert x == y
+    a, b = (records(f(*flags, more)[0]) for f, more in ((train, '--full'), (generate, '--prefix')))
+    assert [(r['step'], r.get('lr'), r.get('pad_share')) for r in a] == [
+        (r['step'], r.get('lr'), r.get('pad_share')) for r in b
+    ]

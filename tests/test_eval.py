@@ -1,0 +1,400 @@
+"""eval.py, lib/metrics.py, lib/report.py, lib/plots.py, lib/predictions.py."""
+
+import contextlib
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+
+import data
+import lib.metrics
+import lib.report
+import lib.runs
+from lib.files import UserError, read_json, write_atomic, write_json
+from lib.metrics import reliability
+from lib.plots import read_log
+from tests.helpers import close, dump, patched, raises, run_eval, skip, tmp
+
+
+def random_case(n=500, k=5, seed=0):
+    """(probs, y) with class 1 without rows and class 3 never predicted."""
+    rng = np.random.default_rng(seed)
+    y = rng.choice([0, 2, 3, 4], n, p=[0.5, 0.2, 0.2, 0.1])
+    logits = rng.normal(size=(n, k)) + 1.5 * np.eye(k)[y]
+    logits[:, 3] = -9
+    probs = np.exp(logits)
+    return probs / probs.sum(1, keepdims=True), y
+
+
+def test_metrics_by_hand():
+    probs = [[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]]
+    m = lib.metrics.metrics(probs, [0, 0, 1, 1], ['neg', 'pos'])  # predictions 0 0 1 0
+    assert m['confusion'] == [[2, 0], [1, 1]] and m['n'] == 4 and m['accuracy'] == 0.75
+    assert m['majority_accuracy'] == 0.5
+    want = dict(
+        neg=dict(precision=2 / 3, recall=1.0, f1=0.8, support=2),
+        pos=dict(precision=1.0, recall=0.5, f1=2 / 3, support=2),
+    )
+    for label in want:
+        assert all(close(m['per_class'][label][key], want[label][key]) for key in want[label])
+    assert close(m['macro_f1'], (0.8 + 2 / 3) / 2) and close(m['weighted_f1'], m['macro_f1'])
+    assert close(m['mcc'], (2 * 1 - 0 * 1) / np.sqrt(3 * 1 * 2 * 2))  # (TP TN - FP FN) / sqrt(...)
+    assert close(m['nll'], -(np.log(0.9) + np.log(0.6) + np.log(0.7) + np.log(0.2)) / 4)
+    assert close(m['brier'], 2 * (0.1**2 + 0.4**2 + 0.3**2 + 0.8**2) / 4)
+    assert close(m['ece'], (0.1 + 0.4 + 0.3 + 0.8) / 4)  # four bins of one row each
+    assert m['ci95'] == [0.25, 1.0]  # Binomial(4, 3/4): P(0) 0.4 %, P(1) 4.7 %
+    assert m['coverage'] == 1.0
+    json.dumps(m, allow_nan=False)
+
+
+def test_metrics_corners():
+    m = lib.metrics.metrics(np.array([[1.0, 0.0], [1.0, 0.0]]), [0, 1], ['a', 'b'])
+    assert (
+        np.isfinite(m['nll']) and m['nll'] > 300 and m['brier'] == 1.0 and m['mcc'] == 0.0
+    )  # p = 0 is clipped
+    m = lib.metrics.metrics(
+        np.eye(2)[[0, 0, 0]], [0, 0, 0], ['a', 'b']
+    )  # one class in y, all right
+    assert m['accuracy'] == 1 and m['ci95'] == [1, 1] and m['mcc'] == 0 and m['nll'] == 0
+    assert m['macro_f1'] == 1
+    m = lib.metrics.metrics(None, [0, 1, 1], ['a', 'b'], pred=[0, 1, 0])
+    assert m['nll'] is m['brier'] is m['ece'] is None and close(m['accuracy'], 2 / 3)
+    m = lib.metrics.metrics(np.full((3, 2), 0.5), [0, 1, 1], ['a', 'b'], pred=[-1, 1, -1])
+    assert close(m['accuracy'], 1 / 3) and close(m['coverage'], 1 / 3)
+    assert m['confusion'] == [[0, 0], [0, 1]]
+    assert m['per_class']['b']['support'] == 2 and m['per_class']['b']['recall'] == 0.5
+    m = lib.metrics.metrics(None, [0, 1], ['a', 'b'], pred=[-1, -1])  # nothing answered
+    assert m['accuracy'] == m['mcc'] == m['macro_f1'] == 0
+
+
+def test_metrics_equal_scikit_learn():
+    try:
+        from sklearn import metrics as sk
+    except ImportError:
+        skip('scikit-learn is not installed')
+    for seed in range(5):
+        probs, y = random_case(seed=seed)
+        pred, labels = probs.argmax(1), list('abcde')
+        m = lib.metrics.metrics(probs, y, labels)
+        assert (pred != 3).all() and (y != 1).all()
+        assert close(m['accuracy'], sk.accuracy_score(y, pred))
+        assert close(m['mcc'], sk.matthews_corrcoef(y, pred))
+        for key in ('macro', 'weighted'):
+            assert close(m[key + '_f1'], sk.f1_score(y, pred, average=key, zero_division=0))
+        table = sk.precision_recall_fscore_support(y, pred, labels=range(5), zero_division=0)
+        mine = [
+            [c[key] for c in m['per_class'].values()]
+            for key in ('precision', 'recall', 'f1', 'support')
+        ]
+        assert close(mine, table)
+        assert m['confusion'] == sk.confusion_matrix(y, pred, labels=range(5)).tolist()
+        assert close(m['nll'], sk.log_loss(y, probs, labels=range(5)), 1e-9)
+        two = lib.metrics.metrics(
+            probs[:, :2] / probs[:, :2].sum(1, keepdims=True), y % 2, ['a', 'b']
+        )
+        assert close(
+            two['brier'], 2 * sk.brier_score_loss(y % 2, probs[:, 1] / probs[:, :2].sum(1))
+        )
+        silent = np.where(
+            np.arange(len(y)) % 7 == 0, -1, pred
+        )  # abstentions: a class of their own in the MCC
+        assert close(
+            lib.metrics.metrics(None, y, labels, pred=silent)['mcc'],
+            sk.matthews_corrcoef(y, silent),
+        )
+
+
+def test_ece():
+    p = np.repeat([0.55, 0.75, 0.95], 200)
+    probs = np.stack([p, 1 - p], 1)
+    y = np.concatenate([np.arange(200) >= round(200 * q) for q in (0.55, 0.75, 0.95)]).astype(
+        int
+    )  # right as often as said
+    assert close(lib.metrics.metrics(probs, y, ['a', 'b'])['ece'], 0, 1e-9)
+    sure = np.tile([0.99, 0.01], (1000, 1))  # says 99 %, is right in 70 %
+    assert close(
+        lib.metrics.metrics(sure, (np.arange(1000) >= 700).astype(int), ['a', 'b'])['ece'],
+        0.29,
+        1e-9,
+    )
+    count, top, right = reliability(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([0, 1]))
+    assert count.sum() == 2 and count[14] == 1 and count[7] == 1 and top[14] == 1 and right[7] == 0
+
+
+def test_mcnemar():
+    def pair(a, b, rest=50):  # a: only first right, b: only other right
+        first = np.array([1] * a + [0] * b + [1] * rest, bool)
+        other = np.array([0] * a + [1] * b + [1] * rest, bool)
+        return lib.metrics.compare(first, other)
+
+    t = pair(1, 9)
+    assert close(t['p'], 2 * (1 + 10) / 1024) and t['test'] == 'exact binomial'
+    assert close(t['difference'], 8 / 60) and t['ci95'][0] < 8 / 60 < t['ci95'][1]
+    assert (t['only_first_right'], t['only_other_right']) == (1, 9)
+    assert pair(0, 0)['p'] == 1 and pair(5, 5)['p'] == 1 and close(pair(0, 6)['p'], 2 / 64)
+    t = pair(121, 59)  # a textbook example
+    assert t['test'] == 'chi-squared' and close(t['p'], 5.450e-6, 1e-3) and t['ci95'][1] < 0
+    assert close(pair(40, 60)['p'], 0.0574, 1e-3)  # chi2 = 19^2 / 100 = 3.61
+    assert pair(30, 30)['p'] == 1  # the correction must not turn 0 into 1 / 60
+
+
+def test_bootstrap_interval():
+    rng, n, true, inside = np.random.default_rng(0), 200, 0.8, 0
+    for i in range(300):  # about 95 % of all intervals hold the truth
+        y = (rng.random(n) >= true).astype(int)
+        m = lib.metrics.metrics(None, y, ['a', 'b'], seed=i, pred=np.zeros(n, int))
+        inside += m['ci95'][0] <= true <= m['ci95'][1]
+    assert 0.90 <= inside / 300 <= 0.985, inside
+    half = 1.96 * np.sqrt(m['accuracy'] * (1 - m['accuracy']) / n)
+    assert close(m['ci95'], [m['accuracy'] - half, m['accuracy'] + half], 0.02)
+    again = lib.metrics.metrics(None, y, ['a', 'b'], seed=299, pred=np.zeros(n, int))
+    assert again['ci95'] == m['ci95']  # seeded
+
+
+def test_report_fits():
+    for k in (2, 5, 12, 20, 77):
+        rng = np.random.default_rng(k)
+        labels = [
+            f'a rather long name of a class, number {i}' if k > 4 else f'class{i}' for i in range(k)
+        ]
+        y = rng.integers(0, k, 3000)
+        text = lib.report.report(
+            lib.metrics.metrics(rng.dirichlet(np.ones(k), 3000), y, labels), labels
+        )
+        assert max(map(len, text.split('\n'))) <= 100, (k, max(map(len, text.split('\n'))))
+        assert ('confusion matrix' in text) == (
+            k <= 12
+        ) and 'NLL' in text  # 20 columns do not fit beside 30 letters
+    labels = [f'topic {i}' for i in range(20)]
+    m = lib.metrics.metrics(None, np.arange(20), labels, pred=np.arange(20))
+    assert 'confusion matrix' in lib.report.report(m, labels)
+
+
+def test_preds_and_labels():
+    items = [
+        dict(label='b', probs=dict(b=0.9, a=0.1)),
+        dict(label='a', probs=dict(a=0.8, b=0.2)),
+        dict(label='a', probs=dict(a=0.7, b=0.3)),
+    ]
+    truth = ['b', 'a', 'b']
+    for lines in (False, True):  # a list, or what predict.py --json writes
+        preds = dump([dict(item, text='x') for item in items] if lines else items, lines)
+        out = os.path.join(tmp(), 'numbers.json')
+        text, _ = run_eval(['--preds', preds, '--labels', dump(truth), '--json', out])
+        numbers = read_json(out)
+        m = numbers['runs'][0]
+        assert numbers['labels'] == ['b', 'a']  # the order of the first item's probs
+        assert m['confusion'] == [[1, 1], [0, 1]]
+        assert close(m['nll'], -(np.log(0.9) + np.log(0.8) + np.log(0.3)) / 3)
+        assert 'accuracy 0.6667' in text and 'NLL' in text and numbers['comparisons'] == []
+    text, tables = run_eval(
+        ['--preds', dump(['b', None, 'a']), '--labels', dump(truth), '--json', '-']
+    )
+    m = json.loads(text)['runs'][0]  # stdout is JSON and nothing else
+    assert m['nll'] is None and m['coverage'] == 2 / 3 and m['accuracy'] == 1 / 3
+    assert 'coverage 0.6667: 1 texts got no label' in tables
+    assert 'accuracy on the others 0.5000' in tables
+    text, _ = run_eval(
+        ['--preds', dump([dict(items[0], label=None)] + items[1:]), '--labels', dump(truth)]
+    )
+    assert 'coverage' in text and 'NLL 0.5108' in text  # its probabilities still count
+
+
+def test_preds_errors():
+    p, truth = dict(a=0.5, b=0.5), ['a', 'b']
+    good = dump([dict(label='a', probs=p), dict(label='b', probs=p)])
+
+    def wrong(preds, labels, match):
+        preds, labels = (
+            x if isinstance(x, str) and os.path.exists(x) else dump(x) for x in (preds, labels)
+        )
+        return raises(UserError, run_eval, ['--preds', preds, '--labels', labels], match=match)
+
+    def probs(**p):
+        return [dict(label='a', probs=dict(a=0.5, b=0.5)), dict(label='a', probs=p)]
+
+    wrong(good, ['a'], 'has 2 predictions but')
+    wrong(good, ['a', 'c'], "item 2: 'c' is not among the classes")
+    wrong(['a', 'c'], truth, "item 2: 'c' is not among the labels (a, b)")
+    wrong(
+        [dict(label='a', probs=p), dict(label='c', probs=p)],
+        truth,
+        "item 2: 'c' is not among the labels",
+    )
+    wrong([], truth, 'is empty')
+    wrong(good, [], 'is empty')
+    wrong('', truth, 'is empty')
+    wrong('["a", ', truth, 'cannot be read as JSON')
+    wrong('[' * 100000, truth, 'cannot be read as JSON')
+    wrong(b'["\xff"]', truth, 'cannot be read as JSON')
+    wrong(good, [0, 1], 'item 1: 0 is not a label')
+    wrong(['a', 1], truth, 'item 2 has no "label"')
+    wrong([dict(label='a'), dict(text='x')], truth, 'item 2 has no "label"')
+    wrong(probs(a=1.0), truth, 'item 2: "probs" must give one probability to each of a, b')
+    wrong(probs(a=0.5, b=0.3, c=0.2), truth, 'item 2: "probs" must give one')
+    wrong([dict(label='a', probs=p), 'b'], truth, 'in every item or in none')
+    wrong(['b', dict(label='a', probs=p)], truth, 'in every item or in none')
+    wrong([dict(label='a', probs=[0.5, 0.5])] * 2, truth, 'must give one probability')
+    wrong(probs(a=0.5, b=0.6), truth, 'sum to 1.1')
+    wrong(probs(a=-0.5, b=1.5), truth, 'from 0 to 1')
+    wrong(probs(a=float('nan'), b=0.5), truth, 'from 0 to 1')
+    wrong(probs(a=10**400, b=0.5), truth, 'from 0 to 1')
+    wrong(probs(a='0.5', b=0.5), truth, 'from 0 to 1')
+    both = ['--preds', good, '--labels', dump(truth)]
+    missing = os.path.join(tmp(), 'none.json')
+    raises(UserError, run_eval, ['--preds', missing] + both[2:], match='none.json cannot be read')
+    raises(UserError, run_eval, [], match='give either run folders or --preds')
+    raises(UserError, run_eval, ['runs/x'] + both, match='not both')
+    raises(UserError, run_eval, both[:2], match='--preds and --labels go together')
+    raises(UserError, run_eval, ['runs/x'] + both[2:], match='--preds and --labels go together')
+    for flag, value in dict(
+        split='test',
+        data='demo',
+        val=good,
+        test=good,
+        text_col='t',
+        label_col='l',
+        data_dir='.',
+        device='cpu',
+        dtype='fp32',
+    ).items():
+        raises(
+            UserError,
+            run_eval,
+            both + ['--' + flag, value],
+            match=f'--{flag} has no meaning with --preds',
+        )
+    raises(UserError, run_eval, [tmp()], match='is not a run')
+    raises(UserError, run_eval, ['runs/x', '--val', good], match='--val needs --data')
+    raises(UserError, run_eval, ['runs/x', '--text_col', 't'], match='--text_col needs --data')
+    raises(
+        UserError,
+        run_eval,
+        ['runs/x', '--test', good, '--split', 'val'],
+        match='--split has no meaning',
+    )
+
+
+def fake_run(labels, logits, data_args=None, log=()):
+    """A run folder whose model is a table: text 'i' gets logits[i]."""
+    path = tmp()
+    args = dict.fromkeys(('data_dir', 'val', 'test', 'text_col', 'label_col', 'max_samples'))
+    args.update(data='fake', seed=1, balance=False, quick=False, max_length=8, keep='first')
+    args.update(data_args or {})
+    info = dict(labels=labels, method='head', kind='cls', model='nano', data='fake', base={})
+    write_json(os.path.join(path, 'run.json'), dict(info, seed=args['seed'], args=args))
+    write_json(os.path.join(path, 'table.json'), np.asarray(logits).tolist())
+    lines = ''.join(json.dumps(row) + '\n' for row in log)
+    write_atomic(os.path.join(path, 'log.jsonl'), lines + '{"step": 9, "lo')
+    return path
+
+
+@contextlib.contextmanager
+def fake_world(labels, y, train=()):
+    """data.load gives texts '0', '1', ... with these labels; open_run opens fake_run's folders."""
+    calls = []
+
+    def load(name, **kw):
+        calls.append(dict(kw, name=name))
+        split = SimpleNamespace(texts=[str(i) for i in range(len(y))], y=np.array(y))
+        seen = SimpleNamespace(texts=list(train), y=np.zeros(len(train), int))
+        splits = dict(train=seen, val=split, test=split)
+        return SimpleNamespace(name=name, labels=labels, notes=[], **splits)
+
+    def open_run(path, *how):
+        info, table = (read_json(os.path.join(path, name)) for name in ('run.json', 'table.json'))
+        run = SimpleNamespace(path=path, info=info, labels=info['labels'], kind='cls')
+        run.device, run.dtype, run.reason = 'cpu', 'torch.float32', ''
+        run.calibrated = lambda logits: logits
+        run.logits = lambda texts, **kw: np.array([table[int(t)] for t in texts], np.float32)
+        return run
+
+    with patched(data, 'load', load), patched(lib.runs, 'open_run', open_run):
+        yield calls
+
+
+def test_runs_labels_by_name():
+    y = np.array([0, 1, 1, 0, 1, 0])
+    right = 4.0 * np.eye(2)[y]  # logits that are always right
+    with fake_world(['neg', 'pos'], y, train=['0', '1', 'x']) as calls:
+        a = fake_run(['neg', 'pos'], right)
+        text, _ = run_eval([a])
+        assert 'accuracy 1.0000' in text
+        assert read_json(os.path.join(a, 'eval_results.json'))['n'] == 6
+        assert calls[-1]['name'] == 'fake' and calls[-1]['seed'] == 1
+        assert calls[-1]['balance'] is False
+        # the same model, classes in the other order
+        b = fake_run(['pos', 'neg'], right[:, ::-1], dict(seed=2))
+        out = os.path.join(tmp(), 'numbers.json')
+        text, _ = run_eval([a, b, '--json', out])
+        numbers = read_json(out)
+        assert [m['accuracy'] for m in numbers['runs']] == [1, 1]
+        assert numbers['runs'][0]['nll'] == numbers['runs'][1]['nll']
+        assert numbers['comparisons'][0]['p'] == 1
+        assert 'the difference is within noise (p = 1' in text
+        assert 'trained on another split; 2 of these texts were in it' in text
+        assert not os.path.exists(os.path.join(b, 'eval_results.json'))
+        c = fake_run(['neg', 'pos'], -right)
+        os.remove(os.path.join(a, 'eval_results.json'))
+        text, _ = run_eval([a, c, '--split', 'val'])
+        assert 'is better (p = 0.031, exact binomial)' in text and '+0 rows' not in text
+        assert '0 rows gained, 6 lost' in text
+        run_eval([a, '--data', 'other'])
+        assert calls[-1]['name'] == 'other' and calls[-1]['seed'] == 1
+        run_eval([a, '--test', 'new.csv'])
+        assert calls[-1]['name'] == calls[-1]['test'] == calls[-1]['val'] == 'new.csv'
+        for flags in (['--device', 'cpu'], ['--dtype', 'fp32'], ['--plain']):
+            run_eval([a, *flags])
+        # another data set, split or way of scoring leaves it alone
+        assert not os.path.exists(os.path.join(a, 'eval_results.json'))
+        d = fake_run(['neg', 'neutral'], right)
+        raises(UserError, run_eval, [a, d], match='compare runs with the same labels')
+        raises(UserError, run_eval, [fake_run(['neg', 'pos'], right * np.nan)], match='not finite')
+        raises(UserError, run_eval, [d], match='does not know (pos; it knows neg, neutral)')
+    with fake_world(['pos', 'neg'], 1 - y):  # the data's order differs from the run's
+        assert 'accuracy 1.0000' in run_eval([a, '--data', 'other'])[0]
+    write_json(os.path.join(a, 'run.json'), dict(labels=[], args={}))
+    raises(UserError, run_eval, [a], match='is not one that')
+
+
+def test_plots():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        skip('matplotlib is not installed')
+    probs, y = random_case()
+    labels, log = list('abcde'), [dict(step=i, loss=2 / (i + 1), lr=1e-3) for i in range(1, 9)]
+    for step in (4, 8):
+        log.append(dict(step=step, val_loss=0.7 - step / 40, val_accuracy=0.6 + step / 40))
+    log += [dict(step=8, val_loss=0.4)]  # logged again after a resume
+    with fake_world(labels, y):
+        a, b = (fake_run(labels, k * np.log(probs), log=log) for k in (1, 3))
+        assert read_log(os.path.join(a, 'log.jsonl'))['val_loss'] == ((4, 8), (0.6, 0.4))
+        for runs in ([a], [a, b]):
+            out = os.path.join(tmp(), 'plots')
+            text, _ = run_eval(runs + ['--plot', out])
+            assert sorted(os.listdir(out)) == ['confusion.png', 'curves.png', 'reliability.png']
+            assert text.count('wrote ') == 3
+            for name in os.listdir(out):
+                with open(os.path.join(out, name), 'rb') as f:
+                    assert f.read(8) == b'\x89PNG\r\n\x1a\n'
+    out = tmp()
+    argv = ['--preds', dump(['a', 'b']), '--labels', dump(['a', 'b']), '--plot']
+    run_eval(argv + [out])
+    assert os.listdir(out) == ['confusion.png']  # no log, no probabilities
+    raises(UserError, run_eval, argv + [dump('x')], match='cannot be made a folder')
+
+
+def test_plot_without_matplotlib():
+    names = [name for name in sys.modules if name.split('.')[0] == 'matplotlib']
+    hidden = {name: sys.modules.pop(name) for name in names}
+    sys.modules['matplotlib'] = None  # any import of it now fails
+    try:
+        argv = ['--preds', dump(['a']), '--labels', dump(['a'])]
+        raises(UserError, run_eval, argv + ['--plot', tmp()], match='pip install matplotlib')
+        assert 'accuracy 1.0000' in run_eval(argv)[0]  # nothing else needs it
+    finally:
+        del sys.modules['matplotlib']
+        sys.modules.update(hidden)

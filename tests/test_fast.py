@@ -1,0 +1,262 @@
+"""lib/fast.py, lib/selfcheck.py, lib/rows.py: a model that was sped up computes what it computed,
+and edits of model.py and lora.py take effect."""
+
+import contextlib
+import copy
+import io
+
+import torch
+import torch.nn.functional as F
+
+import lora
+from lib.blocks import FastBlock
+from lib.device import autocast, place
+from lib.fast import speed_up
+from lib.rows import TrainedRows
+from lib.training import make_optimizer
+from lora import LoRA
+from model import GPT, MLP, Attention, Block
+from tests.helpers import (
+    ALL,
+    CPU,
+    METHODS,
+    SMALL,
+    TINY,
+    far,
+    formula_model,
+    fresh_cache,
+    patched,
+    ragged,
+    records,
+    stirred,
+    train,
+)
+
+DTYPES = ((torch.float32, 1e-5), (torch.bfloat16, 0.05))
+
+
+def ready(method, dtype, fast, classes=0, **options):
+    """A model that was adapted and placed -> (model, what speed_up says)"""
+    torch.manual_seed(0)
+    model = formula_model(SMALL, 0 if classes else 3)
+    if classes:
+        model.requires_grad_(False)
+        lora.add_lora(model, 4, 8.0, 0.0, ALL, classes=classes, top=options.get('top'))
+    else:
+        lora.adapt(model, method, **options)
+    place(stirred(model), CPU, dtype).train()
+    said = io.StringIO()
+    if fast:
+        ids = ragged(257)[0].numpy() if method == 'full' else None
+        with contextlib.redirect_stderr(said):
+            speed_up(model, CPU, dtype, token_ids=ids)
+    return model, said.getvalue()
+
+
+def outcome(model, dtype, y):
+    """-> [the value of y(model), the gradients of what trains]"""
+    with autocast(CPU, dtype):
+        out = y(model).float()
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    grads = {n: p.grad for n, p in lora.trainables(model).items()}
+    if 'wte.rows' in grads:
+        full = torch.zeros_like(model.wte.weight)
+        full[vars(model.wte)['forward'].ids] = grads.pop('wte.rows')
+        grads['wte.weight'] = full
+    return out.detach(), grads
+
+
+def test_speed_up_computes_the_same():
+    """Logits and all gradients of every method, log P and its gradients of K classes: plain and
+    sped up agree to rounding; the names of the state stay as they are."""
+    ids, n = ragged(257)
+    ends = torch.tensor([True, False, True, True])
+    cases = [(m, 0, o, lambda model: model.classify(ids, n)) for m, o in METHODS.items()]
+    for options in ({}, dict(top=1)):
+        cases.append(('lora', 3, options, lambda model: model.logprob(ids, n, ends)))
+    for dtype, limit in DTYPES:
+        for method, classes, options, y in cases:
+            (a, _), (b, said) = (ready(method, dtype, f, classes, **options) for f in (False, True))
+            assert not said and isinstance(vars(b.h[-1]).get('forward'), FastBlock), said
+            (want, grads), (got, mine) = outcome(a, dtype, y), outcome(b, dtype, y)
+            assert far(got, want) < limit, (method, dtype, far(got, want))
+            assert mine.keys() == grads.keys()
+            for name, g in grads.items():
+                if g is not None and g.any():
+                    error = float((mine[name] - g).norm() / g.norm())
+                    assert error < (limit if dtype == torch.float32 else 0.1), (method, name, error)
+            assert list(b.state_dict()) == list(a.state_dict())
+
+
+EDITS = {
+    'MLP.forward': (
+        MLP,
+        'forward',
+        lambda self, x: self.resid_drop(self.c_proj(F.gelu(self.c_fc(x)))),  # the exact GELU
+    ),
+    'Block.forward': (
+        Block,
+        'forward',
+        lambda self, x: x + self.attn(self.ln_1(x)) + self.mlp(self.ln_2(x)),  # in parallel
+    ),
+    'Attention.forward': (
+        Attention,
+        'forward',
+        lambda self, x, before=Attention.forward: 0.99 * before(self, x),
+    ),
+    'LoRA.forward': (
+        LoRA,
+        'forward',
+        lambda self, x: self.base(x) + torch.tanh(x @ self.A.mT) * self.scale @ self.B.mT,
+    ),
+    'GPT.pool': (GPT, 'pool', lambda self, x, lengths: x[:, 0]),  # the first token
+    'GPT.classify': (
+        GPT,
+        'classify',
+        lambda self, ids, n, before=GPT.classify: before(self, ids, n) / 2,
+    ),
+}
+
+
+def test_an_edit_takes_effect():
+    """After an edit of a class the sped-up model computes what the edited plain model computes, in
+    training and in evaluation, in float32 and bfloat16; it says in one line what runs plain."""
+    ids, n = ragged(257)
+    options = dict(METHODS['lora'])
+    unedited = [
+        outcome(ready('lora', d, True, **options)[0], d, lambda m: m(ids, n)) for d, _ in DTYPES
+    ]
+    for name, edit in EDITS.items():
+        with patched(*edit):
+            for (dtype, limit), before in zip(DTYPES, unedited):
+                (a, _), (b, said) = (ready('lora', dtype, f, **options) for f in (False, True))
+                part = name.split('.')[0].replace('MLP', 'Block').replace('Attention', 'Block')
+                assert said.count('\n') == 1 and part in said, (name, said)
+                want, got = (outcome(m, dtype, lambda m: m(ids, n)) for m in (a, b))
+                assert far(got[0], want[0]) < limit, (name, dtype)
+                for key, g in want[1].items():
+                    error = float((got[1][key] - g).norm() / g.norm())
+                    assert error < (limit if dtype == torch.float32 else 0.1), (name, key, error)
+                if dtype == torch.float32:
+                    moved = max(
+                        float((got[1][k] - g).norm() / g.norm()) for k, g in before[1].items()
+                    )
+                    assert moved > 1e-4, (name, 'the edit changed nothing')
+                with torch.no_grad(), autocast(CPU, dtype):
+                    a.eval(), b.eval()
+                    assert far(b(ids, n).float(), a(ids, n).float()) < limit, (name, dtype)
+
+
+def test_an_edit_of_dropout_takes_effect():
+    """LoRA without its dropout, and an added parameter that trains."""
+    ids, n = ragged(257)
+
+    def without(self, x):
+        return self.base(x) + x @ self.A.mT * self.scale @ self.B.mT
+
+    with patched(LoRA, 'forward', without):
+        for dtype, limit in DTYPES:
+            models = [
+                ready('lora', dtype, f, r=4, targets=ALL, dropout=0.5)[0] for f in (False, True)
+            ]
+            want, got = (outcome(m, dtype, lambda m: m(ids, n)) for m in models)
+            assert far(got[0], want[0]) < limit, dtype
+
+    class Magnitude(LoRA):
+        def __init__(self, *a, **k):
+            super().__init__(*a, **k)
+            self.m = torch.nn.Parameter(torch.ones(self.B.shape[-2]))
+
+        def forward(self, x):
+            return super().forward(x) * self.m
+
+    with patched(lora, 'LoRA', Magnitude):
+        model, _ = ready('lora', torch.float32, True, r=4, targets=ALL)
+        assert outcome(model, torch.float32, lambda m: m(ids, n))[1]['h.1.mlp.c_fc.m'].any()
+
+
+def test_other_parts_stay_plain():
+    """Hooks, other classes and replaced layers are not bypassed."""
+    ids, n = ragged(257)
+    calls = []
+    torch.manual_seed(0)
+    model = formula_model()
+    lora.adapt(model, 'head')
+    model.h[0].mlp.c_fc.register_forward_hook(lambda *_: calls.append(1))
+    model.h[1].mlp = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    place(model, CPU, torch.float32)
+    speed_up(model, CPU, torch.float32)
+    model(ids, n)
+    assert calls and 'forward' not in vars(model.h[0]) and 'forward' not in vars(model.h[1])
+    assert isinstance(vars(model.h[2])['forward'], FastBlock)
+
+
+def test_edits_in_training_and_in_a_second_run():
+    """The scripts: an edit changes the loss of training and of evaluation as --plain says, and
+    again in a second run over the same cache of frozen states."""
+    flags = [
+        *TINY[:-1],
+        *'--max_samples 20 --dtype fp32 --epochs 3 --lr 1e-2 --log_every 1'.split(),
+    ]
+
+    def losses(*more):
+        out, _ = train(*flags, *more)
+        return [r.get('loss', r.get('val_loss')) for r in records(out)]
+
+    def close(a, b):
+        return all(abs(x - y) < 1e-4 * abs(y) for x, y in zip(a, b)) and len(a) == len(b)
+
+    with fresh_cache():
+        for method in (['--last', '1'], ['--head']):
+            first = losses(*method)
+            assert close(losses(*method), first)  # from the cache
+            for name in ('Block.forward', 'GPT.pool'):
+                with patched(*EDITS[name]):
+                    fast, plain = losses(*method), losses(*method, '--plain')
+                assert close(fast, plain), (method, name, fast, plain)
+                assert not close(fast, first), (method, name)
+            assert close(losses(*method), first)
+
+
+def test_embedding_rows():
+    """Training the embedding rows of the ids that occur is training all of them; rows that do not
+    occur stay bitwise; evaluation reads both, and the state has the weight."""
+    torch.manual_seed(0)
+    start = GPT(SMALL, 2).init_weights()
+    ids, n, y = torch.randint(0, 100, (8, 12)), torch.randint(3, 13, (8,)), torch.arange(8) % 2
+    ids[torch.arange(12) >= n[:, None]] = start.end
+    models = [copy.deepcopy(start) for _ in range(2)]
+    TrainedRows(models[1].wte, torch.cat((ids.flatten(), torch.tensor([start.end]))).numpy())
+    for model in models:
+        model.train()
+        opt = make_optimizer(model, 1e-3, 0.1)
+        for step in range(5):
+            rows = torch.arange(8)[step % 2 :: 2]  # rows without a gradient move all the same
+            F.cross_entropy(model(ids[rows], n[rows]), y[rows]).backward()
+            torch.nn.utils.clip_grad_norm_(lora.trainables(model).values(), 1.0)
+            opt.step()
+            opt.zero_grad()
+    dense, few = models
+    assert len(few.wte.rows) == len(ids.unique()) < 100 and 'wte.weight' not in lora.trainables(few)
+    unseen = torch.tensor([i for i in range(257) if i not in ids])
+    other = torch.randint(0, 257, (4, 12))
+    with torch.no_grad():
+        assert far(few.eval()(other, n[:4]), dense.eval()(other, n[:4])) < 1e-5
+    a, b = dense.state_dict(), few.state_dict()
+    assert a.keys() == b.keys() and max(far(a[k], b[k]) for k in a) < 1e-5
+    assert far(b['wte.weight'], start.wte.weight.detach()) > 1e-4
+    assert torch.equal(b['wte.weight'][unseen], start.wte.weight[unseen])
+
+
+def test_rows_are_trained_only_if_they_suffice():
+    """An edit that reads other rows of wte trains all of them."""
+    ids, n = ragged(257)
+
+    def embed(self, ids, *more, before=GPT.embed):
+        return before(self, ids, *more) + self.wte.weight.mean(0)
+
+    assert 'wte.rows' in lora.trainables(ready('full', torch.float32, True)[0])
+    with patched(GPT, 'embed', embed):
+        model, said = ready('full', torch.float32, True)
+        assert 'GPT.embed' in said and 'wte.weight' in lora.trainables(model)
+        assert outcome(model, torch.float32, lambda m: m(ids, n))[1]['wte.weight'].any(1).all()

@@ -1,0 +1,178 @@
+"""lib/frozen.py: cached output of frozen blocks."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import data
+import lora
+from lib import frozen
+from lib.device import autocast, place
+from lib.fast import speed_up
+from lib.files import UserError, cache_dir, cached
+from lib.scoring import class_logits
+from lib.tokens import Tokens, tokenize, tokenizer
+from model import GPT, MLP
+from tests.helpers import (
+    CPU,
+    METHODS,
+    SMALL,
+    TINY,
+    far,
+    formula_model,
+    fresh_cache,
+    patched,
+    raises,
+    records,
+    train,
+    write,
+)
+
+
+def example(method, dtype=torch.float32, fast=True, **options):
+    """-> (model, Tokens of 40 texts, max_length, keep, device and dtype)"""
+    torch.manual_seed(0)
+    model = formula_model()
+    lora.adapt(model, method, **options)
+    place(model, CPU, dtype)
+    if fast:
+        speed_up(model, CPU, dtype)
+    texts = [f'{i} {"word " * (i % 9)}' for i in range(40)]
+    return model, tokenize(tokenizer('bytes'), texts, cache=False), (30, 'first', CPU, dtype)
+
+
+def test_frozen_states_are_what_the_blocks_give():
+    """Logits and gradients from the states equal those of the whole model, for every method that
+    freezes the first blocks, plain and sped up; the rows may come in any order and more than once;
+    the next run finds the file and does not compute."""
+    L = SMALL.n_layer
+    methods = (('head', {}, L), ('last', dict(last=1), L - 1))
+    methods += (('lora', dict(top=1, targets=['c_fc']), L - 1),)
+    for method, options, depth in methods:
+        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+            for fast in (False, True):
+                with fresh_cache():
+                    model, tokens, how = example(method, dtype, fast, **options)
+                    assert frozen.frozen_depth(model) == depth
+                    feed = frozen.cache(model, dict(train=tokens), *how)
+                    states = feed.states['train']
+                    want = torch.from_numpy(class_logits(model, tokens, *how))
+                    got = class_logits(model, tokens, *how, net=feed.net, states=states)
+                    assert far(torch.from_numpy(got), want) < limit, (method, dtype)
+                    index, grads = np.array([31, 2, 2, 17]), []
+                    ids, n = data.collate(tokens, index, 30, 'first', 256)
+                    for net, more in ((model, ()), (feed.net, (states(index, ids.shape[1]),))):
+                        model.zero_grad()
+                        with autocast(CPU, dtype):
+                            net(ids, n, *more).float().logsumexp(1).sum().backward()
+                        trained = lora.trainables(model).values()
+                        found = [p.grad.flatten() for p in trained if p.grad is not None]
+                        grads.append(torch.cat(found))
+                    assert far(*grads) < limit and grads[0].abs().max() > 0
+                    assert states(index).dtype == torch.float32
+                    with patched(type(feed.net), 'states_of', None):  # computing again would fail
+                        again = frozen.Feed(model, depth, dict(train=tokens), how, False)
+                        assert torch.equal(again.states['train'](index), states(index))
+
+
+def test_frozen_depth():
+    """Nothing is kept where the first block, the embeddings or a prompt train, or GPT-2's own
+    dropout is on."""
+    for method, options in METHODS.items():
+        depth = frozen.frozen_depth(example(method, fast=False, **options)[0])
+        assert (depth > 0) == (method in ('head', 'last')), method
+    model = example('head')[0]
+    model.set_dropout(0.1)
+    assert frozen.frozen_depth(model) == 0
+
+
+def test_frozen_states_are_named_after_what_they_come_from():
+    """Another weight, text, length, side, depth, precision (of the head alone as well), or another
+    code of the model is another file; what trains is not looked at."""
+    with fresh_cache():
+        model, tokens, how = example('last', last=1)
+
+        def name(model=model, tokens=tokens, how=how):
+            frozen.Feed(model, frozen.frozen_depth(model), dict(train=tokens), how, False)
+            return sorted(os.listdir(cached('frozen')))
+
+        first = name()
+        with torch.no_grad():
+            model.score.weight.add_(1), model.h[-1].mlp.c_fc.weight.add_(1)
+        assert name() == first and len(first) == 1
+        half, _, bf16 = example('last', torch.bfloat16, last=1)
+        changes = [
+            ('max_length', dict(how=(29, *how[1:]))),
+            ('side', dict(how=(30, 'last', *how[2:]))),
+            ('text', dict(tokens=Tokens(tokens.flat[::-1].copy(), tokens.starts))),
+            ('depth', dict(model=example('head')[0])),
+            ('precision', dict(model=half, how=bf16)),
+            ('precision of the head', dict(model=example('head', torch.bfloat16)[0], how=bf16)),
+        ]
+        for n, (what, change) in enumerate(changes):
+            assert len(name(**change)) == n + 2, what
+        with torch.no_grad():
+            model.h[0].mlp.c_proj.bias[3] += 1e-3
+        assert len(name()) == 8
+
+        for n, factor in enumerate((1.5, 2.5)):
+            code = f'def forward(self, x): return {factor} * self.c_proj(self.c_fc(x))'
+            scope = {}
+            exec(code, scope)
+            with patched(MLP, 'forward', scope['forward']):
+                assert len(name(example('last', last=1)[0])) == 9 + n, factor
+
+
+def test_states_that_do_not_fit_are_not_used():
+    """A model that reads more than the states, or a file with other numbers, is noticed."""
+    with fresh_cache():
+        model, tokens, how = example('last', last=1)
+        splits = dict(train=tokens)
+        assert frozen.cache(model, splits, *how)
+        (path,) = (os.path.join(cached('frozen'), f) for f in os.listdir(cached('frozen')))
+        with open(path, 'r+b') as f:
+            f.write(np.ones(64 * 30, np.float32).tobytes())
+        feed = frozen.cache(model, splits, *how)  # rebuilt
+        got = class_logits(model, tokens, *how, net=feed.net, states=feed.states['train'])
+        assert np.allclose(got, class_logits(model, tokens, *how), atol=1e-4)
+
+        def hidden(self, ids, of=None, before=GPT.hidden):
+            return before(self, ids, of) + self.wte(ids)  # the embeddings once more, at the end
+
+        with patched(GPT, 'hidden', hidden):
+            model, tokens, how = example('last', last=1)
+            assert frozen.cache(model, splits, *how) is None
+        with patched(GPT, 'classify', lambda self, ids, n: 2 * self.score(self.hidden(ids)[:, 0])):
+            model, tokens, how = example('head')
+            assert frozen.cache(model, splits, *how) is None
+
+
+def test_frozen_states_are_limited():
+    """The least recently used files of the cache are evicted first; without room on the disk
+    training computes the blocks in every epoch, and says so."""
+    with fresh_cache():
+        os.makedirs(cached('frozen'))
+        for i, name in enumerate('abc'):
+            path = write(os.path.join('frozen', f'{name}.bin'), b'x' * 100, cache_dir())
+            os.utime(path, (i, i))
+        with patched(frozen, 'LIMIT', 350):
+            frozen.make_room(cached('frozen'), 100)
+        assert sorted(os.listdir(cached('frozen'))) == ['b.bin', 'c.bin']
+        raises(UserError, frozen.make_room, cached('frozen'), 2**60, match='no room')
+    flags = [*TINY[:-1], *'--max_samples 50 --dtype fp32 --head --epochs 2 --lr 1e-2'.split()]
+    with fresh_cache():
+        with patched(frozen.shutil, 'disk_usage', lambda path: SimpleNamespace(free=0)):
+            out, text = train(*flags)
+        assert 'not used: ' in text and not os.listdir(cached('frozen'))
+    with fresh_cache():
+        kept, text = train(*flags)
+        assert 'not used' not in text
+        assert len(os.listdir(cached('frozen'))) == 2  # of the training and the validation rows
+    with fresh_cache():
+        plain, text = train(*flags, '--plain')
+        assert 'caching' not in text and not os.path.exists(cached('frozen'))
+    losses = [[r['loss'] for r in records(f) if 'loss' in r] for f in (out, kept, plain)]
+    assert len(losses[0]) > 1 and np.allclose(losses[0], losses[1], atol=1e-5), losses
+    assert np.allclose(losses[0], losses[2], atol=1e-5), losses

@@ -1,0 +1,242 @@
+"""predict.py and lib/explain.py."""
+
+import builtins
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import sys
+
+import numpy as np
+import torch
+
+import data
+import lib.explain
+import predict
+from lib.explain import readable
+from lib.files import UserError, read_bytes
+from lib.runs import open_run
+from lib.tokens import tokenizer
+from tests.helpers import TOPICS, gen_run, opened, patched, raises, script, tiny_run, tmp, topics
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def typing(*texts):
+    """-> input(), at which these texts are typed, then Ctrl-D"""
+    typed = list(texts)
+
+    def type_next(prompt):
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    return type_next
+
+
+def test_predict_inputs():
+    out = tiny_run('full')
+    texts = [
+        'the song was warm',
+        'it said "dull, and\nmessy"',
+        '',
+        'x' * 5000,
+        'nul \x00 byte',
+        'the plot',
+    ]
+    folder = tmp()
+    with open(os.path.join(folder, 'in.csv'), 'w', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows([['id', 'text'], *enumerate(texts)])
+    with open(os.path.join(folder, 'in.jsonl'), 'w', encoding='utf-8') as f:
+        f.writelines(json.dumps(dict(text=t)) + '\n' for t in texts)
+    want = [
+        json.loads(s)
+        for s in script(predict.main, [out, '--json', '--dtype', 'fp32', *texts])[1].splitlines()
+    ]
+    assert [r['text'] for r in want] == texts
+    for name in ('in.csv', 'in.jsonl'):
+        with patched(predict, 'CHUNK', 4):  # several chunks
+            file, to = os.path.join(folder, name), os.path.join(folder, 'out')
+            flags = ['--json', '--dtype', 'fp32', '--file', file, '--out', to]
+            script(predict.main, [out, *flags])
+        with open(os.path.join(folder, 'out'), encoding='utf-8') as f:
+            got = [json.loads(line) for line in f]
+        pairs = [[(r['text'], r['label']) for r in rows] for rows in (got, want)]
+        assert pairs[0] == pairs[1], name
+        for a, b in zip(got, want):
+            assert all(abs(a['probs'][k] - b['probs'][k]) < 1e-5 for k in a['probs'])
+    with patched(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'one\n\nthree\xff'), encoding='utf-8')):
+        lines = script(predict.main, [out])[1].splitlines()
+    assert len(lines) == 3 and all(s.split('\t')[0] in ('negative', 'positive') for s in lines)
+    lines = script(predict.main, [out, '--json', '--threshold', '0.9999', *texts])[1].splitlines()
+    rows = [json.loads(s) for s in lines]
+    assert all(r['label'] is None for r in rows)
+    for argv, match in (
+        ([out, 'x', '--file', 'y'], 'not both'),
+        ([out, '--file', 'nowhere'], 'no such file'),
+        ([tmp(), 'x'], 'run.json'),
+        ([out, 'x', '--threshold', '2'], '--threshold'),
+        ([out, 'x', '--text_col', 'a'], '--file'),
+    ):
+        raises(UserError, predict.main, argv, match=match)
+
+
+def test_explain_is_leave_one_out():
+    out = tiny_run('full')
+    run = open_run(out, 'cpu', 'fp32')
+    pieces = lib.explain.explain(run, 'so dull')
+    assert ''.join(t for t, _ in pieces) == 'so dull'
+    a, b = run.logits(['so dull', 'so dul'])
+    best = int(a.argmax())
+    assert abs(pieces[-1][1] - float((a[best] - a[1 - best]) - (b[best] - b[1 - best]))) < 1e-5
+    assert len(lib.explain.explain(run, 'd')) == 1
+    assert len(lib.explain.explain(run, 'x' * 5000)) == run.args['max_length']
+    argv = [out, '--json', '--explain', '--dtype', 'fp32', 'so dull']
+    row = json.loads(script(predict.main, argv)[1])
+    assert np.allclose([v for _, v in row['explain']], [v for _, v in pieces], atol=1e-4)
+
+
+def test_predict_on_a_terminal():
+    """Without texts on a terminal: a prompt until the end of the input; --explain paints the
+    tokens."""
+    screen, typed = Terminal(), typing('the song was warm')
+    stdin, keyboard = patched(sys, 'stdin', Terminal()), patched(builtins, 'input', typed)
+    with stdin, keyboard, contextlib.redirect_stdout(screen):
+        predict.main([tiny_run('full'), '--explain'])
+    text = screen.getvalue()
+    assert 'negative, positive' in text and '\tthe song was warm' in text
+    assert re.sub('\033[^m]*m', '', text).count('the song was warm') == 2 and '\033[48;5;' in text
+
+
+def test_gen_explain():
+    """First the prior, then one number per character; the sum is exactly the margin of the
+    decision."""
+    for method in ('lora', 'full', 'prefix', 'zero_shot'):
+        run = opened(method)
+        for text in ('cat dog bird', 'one', '', 'horse ' * 40, 'größe 中'):
+            pieces = lib.explain.explain(run, text)
+            logits = np.sort(run.logits([text])[0])
+            assert pieces[0][0] == 'P(class)', (method, text)
+            assert abs(sum(v for _, v in pieces) - (logits[-1] - logits[-2])) < 1e-3, (method, text)
+            room = run.args['max_length']
+            assert ''.join(t for t, _ in pieces[1:]) == (
+                text[:room] if len(text) > room else text + '<|endoftext|>'
+            )
+        best, second = np.argsort(-run.logits(['cat'])[0])
+        assert (
+            abs(
+                lib.explain.explain(run, 'cat')[0][1]
+                - (run.log_prior[best] - run.log_prior[second])
+            )
+            < 1e-6
+        )
+    terms = opened('lora').token_logprobs('cat dog')[1]
+    assert terms.shape == (8, 2)
+    assert np.allclose(
+        terms.sum(0) + opened('lora').log_prior, opened('lora').logits(['cat dog'])[0], atol=1e-3
+    )
+
+
+def test_gen_readable():
+    enc = tokenizer('bytes')
+    ids = list('a中é'.encode()) + list(b'\xff\xfe') + [ord('z')]
+    pieces = readable(enc, ids, [float(2**i) for i in range(len(ids))])
+    assert pieces[:3] == [('a', 1.0), ('中', 14.0), ('é', 48.0)]
+    assert sum(v for _, v in pieces) == 2 ** len(ids) - 1
+    assert ''.join(t for t, _ in pieces[3:]).endswith('z') and '\ufffd' in pieces[3][0]
+    assert readable(enc, list('中'.encode())[:2], [1.0, 2.0]) == [('\ufffd', 3.0)]
+
+
+def test_gen_html():
+    page = os.path.join(tmp(), 'page.html')
+    code, text, _ = script(
+        predict.main, [gen_run('lora'), '--explain', '--html', page, 'cat <script>&', 'one "two"']
+    )
+    html = read_bytes(page).decode()
+    assert html.startswith('<!doctype html>') and html.count('<p><b>') == 2
+    assert '<script' not in html and 'http' not in html and 'src=' not in html
+    assert '>&lt;</span>' in html and '>&amp;</span>' in html and '>P(class)</span>' in html
+    assert len(text.splitlines()) == 2
+    raises(
+        UserError,
+        predict.main,
+        [gen_run('lora'), '--html', page, 'x'],
+        match='--html does nothing without --explain',
+    )
+
+
+def test_gen_html_from_a_terminal():
+    """With typed texts the page is written as well, or --html is refused; it is not ignored."""
+
+    page = os.path.join(tmp(), 'page.html')
+    with (
+        patched(sys, 'stdin', Terminal()),
+        patched(builtins, 'input', typing('cat dog')),
+        contextlib.redirect_stdout(Terminal()),
+    ):
+        try:
+            predict.main([gen_run('lora'), '--explain', '--html', page])
+        except UserError:
+            return
+    assert b'>P(class)<' in read_bytes(page)
+
+
+def test_gen_sample():
+    def sample(*argv):
+        return script(predict.main, [gen_run('lora'), '--dtype', 'fp32', '--sample', *argv])[1]
+
+    a = sample('animals')
+    assert a == sample('animals') != sample('animals', '--seed', '9') and a != sample('numbers')
+    # the i-th is seed + i
+    assert a.splitlines()[1:] == sample('animals', '--num', '2', '--seed', '1').splitlines()
+    cold, animals = ('--num', '4', '--temperature', '0.5'), '|'.join(TOPICS['animals'].split())
+    words = [re.findall(animals, sample(label, *cold)) for label in ('animals', 'numbers')]
+    assert len(words[0]) > 5 > len(words[1]), words
+    sure = [sample('numbers', '--top_k', '1', '--num', '1', '--seed', s) for s in '12']
+    assert sure[0] == sure[1]  # the likeliest token each time: nothing is left to chance
+    for method in ('full', 'prefix', 'zero_shot'):
+        run = opened(method)
+        one, again, other = (run.sample('animals', 20, seed=seed) for seed in (1, 1, 2))
+        assert one == again != other
+    assert len(opened('lora').sample('animals', 3, seed=0)) <= 3
+    with patched(torch, 'multinomial', lambda *a, **k: torch.tensor([97])):
+        longest = [opened(m).sample('numbers', 10**6) for m in ('lora', 'prefix')]
+    assert longest == ['a' * 95] * 2  # all positions
+    for argv, match in (
+        (['--sample', 'plants'], 'plants'),
+        (['--sample', 'animals', 'a text'], 'leave text out'),
+        (['--num', '3', 'x'], 'without --sample'),
+        (['--sample', 'animals', '--json'], 'leave json out'),
+    ):
+        raises(UserError, predict.main, [gen_run('lora'), *argv], match=match)
+
+
+def test_gen_out_of_distribution():
+    ds, out = data.load(topics()), gen_run('lora')
+
+    def labels(texts, *flags):
+        return [
+            json.loads(line)['label']
+            for line in script(predict.main, [out, '--json', '--dtype', 'fp32', *flags, *texts])[
+                1
+            ].splitlines()
+        ]
+
+    assert labels(['#@!%% 99 zzz', 'cat dog bird'], '--ood_quantile', '0.05') == [None, 'animals']
+    assert None not in labels(['#@!%% 99 zzz'])
+    for q in (0.25, 0.6):
+        share = np.mean([label is None for label in labels(ds.val.texts, '--ood_quantile', str(q))])
+        assert abs(share - q) < 1.5 / len(ds.val.texts), (q, share)
+    assert None not in labels(ds.val.texts, '--ood_quantile', '0')
+    for method in ('full', 'zero_shot'):
+        out = gen_run(method)
+        assert labels(['#@!%% 99 zzz'], '--ood_quantile', '0.02') == [None]
+    for other, match in ((tiny_run('full'), 'discriminative'), (gen_run('direct'), '--direct')):
+        for flags in (['--ood_quantile', '0.1', 'x'], ['--sample', 'animals']):
+            raises(UserError, predict.main, [other, *flags], match=match)
+    raises(UserError, predict.main, [gen_run('direct'), '--explain', 'x'], match='--direct')

@@ -1,0 +1,169 @@
+"""lib/runs.py: finished runs, opened again, wherever their parts are by now."""
+
+import os
+import shutil
+import unittest.mock
+
+import numpy as np
+import torch
+
+import eval as evaluation  # not `eval`, which is Python's own
+import lib.training
+import predict
+import train_cls
+import train_gen
+from lib.files import UserError, read_json, write_json
+from lib.runs import open_run
+from model import SHAPES, Config
+from tests.helpers import (
+    FLAGS,
+    GEN,
+    METHODS,
+    SCRATCH,
+    SHAPE,
+    TINY,
+    Stop,
+    copied,
+    environment,
+    formula_model,
+    fresh_cache,
+    gen_run,
+    generate,
+    opened,
+    patched,
+    raises,
+    run_eval,
+    save_hf,
+    script,
+    stop_here,
+    tiny_run,
+    tmp,
+    topics,
+    train,
+    tree,
+)
+
+TEXTS = ['cat dog', '', 'one two three']
+
+
+def data_folder(cfg):
+    """A --data_dir that holds the weights of one of the published models."""
+    folder = tmp()
+    save_hf(os.path.join(folder, 'models', 'distilgpt2'), formula_model(cfg, 0))
+    return folder
+
+
+def test_data_dir_may_move():
+    """A run needs its base model when it is opened, and finds it where that is now: in --data_dir,
+    in the folder that it was trained with, in $NANOCLS_DATA, in the cache."""
+    cfg = Config(2, 2, 32, 96, 257)
+    with unittest.mock.patch.dict(SHAPES, distilgpt2=cfg), fresh_cache() as cache:
+        folder, steps = data_folder(cfg), ['--max_steps', '3', '--dtype', 'fp32']
+        flags = ['--data', topics(), '--model', 'distilgpt2', '--data_dir', folder, *steps]
+        runs = [train(*flags, *FLAGS['lora'])[0], generate(*flags, '--lora')[0]]
+        runs += [generate(*flags[:-4], '--zero_shot')[0]]
+        want = [open_run(out, 'cpu', 'fp32').logits(TEXTS) for out in runs]
+        moved = os.path.join(tmp(), 'moved')
+        shutil.move(folder, moved)
+        for out, logits in zip(runs, want):
+            with environment(NANOCLS_DATA=moved):
+                assert np.array_equal(open_run(out, 'cpu', 'fp32').logits(TEXTS), logits)
+            run = open_run(out, 'cpu', 'fp32', moved)
+            assert np.array_equal(run.logits(TEXTS), logits)
+            assert script(predict.main, [out, '--data_dir', moved, 'cat'])[1]
+            run_eval([out, '--data_dir', moved])
+            with environment(NANOCLS_DATA=None, HF_HOME=tmp(), HF_ENDPOINT='http://127.0.0.1:1'):
+                raises(UserError, open_run, out, match='--data_dir')
+        shutil.copytree(os.path.join(moved, 'models'), os.path.join(cache, 'models'))
+        for out, logits in zip(runs, want):
+            assert np.array_equal(open_run(out, 'cpu', 'fp32').logits(TEXTS), logits)
+
+
+def test_runs_of_relative_paths_open_from_any_folder():
+    """Prediction needs nothing but the run and its base model; evaluation says what it lacks."""
+    here, folder, elsewhere = os.getcwd(), tmp(), tmp()
+    try:
+        os.chdir(folder)
+        shutil.copyfile(topics(), 'x.csv')
+        flags = ['--data', 'x.csv', *SCRATCH, '--max_steps', '2']
+        outs = [os.path.join(folder, kind) for kind in ('cls', 'gen')]
+        train(*flags, '--full', out='cls'), generate(*flags, '--lora', out='gen')
+        os.chdir(elsewhere)
+        for out in outs:
+            assert script(predict.main, [out, 'cat dog'])[1]
+            run_eval([out, '--test', os.path.join(folder, 'x.csv')])
+            same = run_eval([out, '--data', os.path.join(folder, 'x.csv')])[0]
+            assert 'accuracy' in same
+        os.rename(os.path.join(folder, 'x.csv'), os.path.join(folder, 'y.csv'))
+        for out in outs:
+            assert script(predict.main, [out, 'cat dog'])[1]
+            raises(UserError, evaluation.main, [out], match='x.csv')
+    finally:
+        os.chdir(here)
+
+
+def test_no_texts():
+    """No texts have no logits, of every kind of run."""
+    runs = [open_run(tiny_run(method), 'cpu', 'fp32') for method in METHODS]
+    for run in [*runs, *map(opened, GEN)]:
+        assert run.logits([]).shape == (0, 2), run.info['method']
+
+
+def test_plain_runs_are_the_same():
+    """Without lib/fast.py a run gives the same numbers, to rounding."""
+    for out in [tiny_run(method) for method in METHODS] + [gen_run(method) for method in GEN]:
+        a, b = (open_run(out, 'cpu', 'fp32', plain=plain).logits(TEXTS) for plain in (False, True))
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max(), (out, a, b)
+
+
+def test_runs_may_be_moved():
+    for out in [tiny_run('lora'), tiny_run('full'), gen_run('lora'), gen_run('prefix')]:
+        want = open_run(out, 'cpu', 'fp32').logits(TEXTS)
+        assert np.array_equal(open_run(copied(out), 'cpu', 'fp32').logits(TEXTS), want)
+
+
+def as_before(args, keep):
+    """The flags of a run as they were recorded before --keep and --plain: with --truncate."""
+    args.pop('keep'), args.pop('plain')
+    args['truncate'] = dict(first='head', last='tail')[keep]
+
+
+def test_runs_of_earlier_versions_open():
+    """--keep was called --truncate, and there was no --plain: such runs open, are evaluated, and
+    get further classes."""
+    texts = ['x' * 300 + 'one', 'cat']
+    for keep in ('first', 'last'):
+        flags = ['--data', topics(), *SHAPE, '--keep', keep, '--max_length', '9']
+        flags += ['--max_steps', '4', '--eval_every', '4']
+        for out in (train(*flags, '--full')[0], generate(*flags, '--lora')[0]):
+            want, path = open_run(out, 'cpu', 'fp32').logits(texts), os.path.join(out, 'run.json')
+            info = read_json(path)
+            as_before(info['args'], keep)
+            write_json(path, info)
+            run = open_run(out, 'cpu', 'fp32')
+            assert run.args['keep'] == keep and np.array_equal(run.logits(texts), want)
+            assert 'accuracy' in run_eval([out])[0]
+        other = dict(first='last', last='first')[keep]
+        again = ['--class_id', '0', '--out', out]
+        raises(UserError, train_gen.main, [*again, '--keep', other], match='--keep')
+        assert not script(train_gen.main, again)[0]
+
+
+def test_interrupted_runs_of_earlier_versions_are_refused():
+    """Their resume.pt lacks flags: one sentence says so, and nothing changes."""
+    for main, flags in (
+        (train_cls.main, [*TINY, '--head']),
+        (train_gen.main, ['--data', topics(), *SHAPE]),
+    ):
+        out = os.path.join(tmp(), 'run')
+        with patched(lib.training, 'seed_step', stop_here):
+            raises(Stop, main, [*flags, '--max_steps', '4', '--keep', 'last', '--out', out])
+        for folder, _, names in os.walk(out):
+            path = os.path.join(folder, 'resume.pt')
+            if 'resume.pt' in names:
+                saved = torch.load(path, weights_only=True)
+                as_before(saved['args'], 'last')
+                torch.save(saved, path)
+        before, argv = tree(out), ['--resume', '--out', out]
+        raises(UserError, main, argv, match='was not started by this script and version')
+        assert tree(out) == before

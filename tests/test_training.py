@@ -1,0 +1,362 @@
+"""lib/training.py, lib/device.py, lib/graphs.py, and what stops a run."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+import data
+import lib.graphs
+import lib.training
+import lora
+import train_cls
+import train_gen
+from lib.device import autocast, cpu_has_bf16, pick_device, place
+from lib.files import UserError
+from lib.graphs import Graphs, check_graphs
+from lib.resume import load_resume
+from lib.runs import open_run
+from lib.scoring import class_logits
+from lib.tokens import tokenize, tokenizer
+from lib.training import clip_grad_norm_, lr_at, make_optimizer
+from model import GPT
+from tests.helpers import (
+    ALL,
+    CPU,
+    FLAGS,
+    GEN,
+    METHODS,
+    SHAPE,
+    SMALL,
+    TINY,
+    far,
+    formula_model,
+    generate,
+    losses_of,
+    over_base,
+    patched,
+    pretrained,
+    ragged,
+    raises,
+    records,
+    script,
+    skip,
+    stirred,
+    tiny_run,
+    tmp,
+    topics,
+    train,
+)
+
+
+def test_precision_choice():
+    device, dtype, reason = pick_device('cpu')
+    assert (dtype == torch.bfloat16) == cpu_has_bf16() and reason
+    assert pick_device('cpu', 'fp32')[1] == torch.float32
+    raises(UserError, pick_device, 'cpu', 'fp16', match='GPU')
+    raises(UserError, pick_device, 'abacus', match='abacus')
+    if not torch.cuda.is_available():
+        raises(UserError, pick_device, 'cuda', match='cuda')
+
+
+def test_bf16_autocast_is_close():
+    """The bf16 path (frozen weights stored in bf16, trainable ones in float32) stays within bf16's
+    rounding of the float32 path."""
+    ids, n = ragged(257, pad=256)
+    for method, options in METHODS.items():
+        torch.manual_seed(0)
+        model = formula_model()
+        read = model.state_dict()
+        lora.adapt(model, method, **options)
+        stirred(model)
+        with torch.no_grad():
+            want = model(ids, n)
+        place(model, CPU, torch.bfloat16)
+        assert all(p.dtype == torch.float32 for p in lora.trainables(model).values())
+        assert (method == 'full') != any(p.dtype == torch.bfloat16 for p in model.parameters())
+        with torch.no_grad(), autocast(CPU, torch.bfloat16):
+            got = model(ids, n)
+        assert far(got.float(), want) < 0.05, (method, far(got.float(), want))
+        saved, original = {**read, **lora.trained_state(model)}, formula_model().state_dict()
+        assert all(t.dtype == torch.float32 for t in saved.values())
+        if method == 'last':  # rounded weights are saved as they were read
+            for name in ('h.0.mlp.c_fc.weight', 'wte.weight'):
+                assert torch.equal(saved[name], original[name]), name
+
+
+def test_optimizer_groups():
+    model = GPT(SMALL, 2).init_weights()
+    names = {p: n for n, p in model.named_parameters()}
+    groups = [g for g in make_optimizer(model, 1e-3, 0.1).param_groups if g['weight_decay']]
+    decayed = {names[p] for g in groups for p in g['params']}
+    assert 'wte.weight' not in decayed and 'wpe.weight' not in decayed
+    assert not any('ln_' in n or n.endswith('bias') for n in decayed)
+    assert len(decayed) == 4 * SMALL.n_layer + 1
+    lora.adapt(model, 'prompt', prompt=3)
+    opt = make_optimizer(model, 1e-3, 0.1)
+    # the prompt and the head, nothing frozen
+    assert sum(len(g['params']) for g in opt.param_groups) == 2
+
+
+def test_clipping_is_that_of_torch():
+    def of_torch(params, limit):
+        return torch.nn.utils.clip_grad_norm_(params, limit or math.inf)
+
+    for shift in (0.0, math.nan):
+        for limit in (0.0, 1.0, 1e3):
+            sets = []
+            for clip in (clip_grad_norm_, of_torch):
+                torch.manual_seed(1)
+                params = [torch.nn.Parameter(torch.zeros(s)) for s in ((4, 3), (5,), (2,))]
+                params[0].grad = torch.randn(3, 4).t() + shift  # of other strides
+                params[1].grad = torch.randn(5)
+                norm = clip(dict(enumerate(params)).values(), limit)
+                sets.append([norm, *(p.grad for p in params[:2])])
+                assert params[2].grad is None
+            for a, b in zip(*sets):
+                assert torch.allclose(a, b, rtol=1e-6, equal_nan=True), (shift, limit, a, b)
+            clipped = float(sets[0][1].norm()) < 1
+            assert math.isnan(shift) or clipped == (limit == 1), 'only 1 is below the norm'
+
+
+def test_lr_schedule():
+    at = [lr_at(s, 10, 1.0, 0.2, 'linear') for s in range(10)]
+    assert np.allclose(at, [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]), at
+    assert [lr_at(s, 4, 2.0, 0.0, 'constant') for s in range(4)] == [2.0] * 4
+    at = [lr_at(s, 4, 1.0, 0.0, 'cosine') for s in range(4)]
+    assert np.allclose(at, [1, 0.853553, 0.5, 0.146447])
+
+
+def test_evaluation_has_no_dropout():
+    """During training: LoRA's and GPT-2's own dropout are off in an evaluation, and on again
+    afterwards."""
+    torch.manual_seed(0)
+    model = formula_model()
+    lora.adapt(model, 'lora', targets=ALL, r=4, dropout=0.5)
+    stirred(model)
+    model.set_dropout(0.5)
+    tokens = tokenize(tokenizer('bytes'), ['one', 'another text'], cache=False)
+    want = [class_logits(model, tokens, 64, 'first', CPU, torch.float32) for _ in range(2)]
+    model.train()
+    assert np.array_equal(class_logits(model, tokens, 64, 'first', CPU, torch.float32), want[0])
+    assert np.array_equal(*want)
+    assert model.training and model.h[0].attn.c_attn.training
+    ids, n = data.collate(tokens, [0, 1], 64, 'first', 256)
+    assert not torch.equal(model(ids, n), model(ids, n))
+
+
+STEPS = '--dtype fp32 --lr 1e-3 --log_every 1 --batch_size 6'.split()
+
+
+def capture_on_cpu(graphs, places):
+    """Graphs.capture without CUDA graphs: a replay computes again from the same addresses."""
+    loss = graphs.once(*places)
+
+    def replay():
+        loss.copy_(graphs.once(*places))
+
+    return replay, loss
+
+
+@contextlib.contextmanager
+def graphs_on_cpu():
+    """--cuda_graphs on a CPU -> a list of the shapes of ids that are recorded."""
+    shapes = []
+
+    def capture(graphs, places):
+        shapes.append(tuple(places[1].shape))  # behind the share of the loss
+        return capture_on_cpu(graphs, places)
+
+    allowed = [
+        patched(script, 'check_graphs', lambda *a: None) for script in (train_cls, train_gen)
+    ]
+    with allowed[0], allowed[1], patched(Graphs, 'capture', capture):
+        yield shapes
+
+
+def test_graphs_take_the_same_steps():
+    """--cuda_graphs, with a CPU stand-in for a graph: the same losses as without it; each shape is
+    recorded once."""
+    for method, more in dict(
+        lora=['--dropout', '0', '--grad_accum', '2', '--class_weights', 'balanced'],
+        full=[],
+        last=['--epochs', '2'],
+    ).items():
+        flags = [*TINY, *FLAGS[method], *more, *STEPS]
+        with graphs_on_cpu() as shapes:
+            a, b = losses_of(train(*flags, '--cuda_graphs')[0]), losses_of(train(*flags)[0])
+        assert len(a) == len(b) > 10 and np.allclose(a, b, rtol=1e-4), (method, a, b)
+        assert len(set(shapes)) == len(shapes) < len(a), (method, shapes)
+        assert all(width % 8 == 0 for _, width in shapes), (method, shapes)
+    flags = over_base(*GEN['posterior'], *'--dropout 0 --max_steps 30 --log_every 1'.split())
+    with graphs_on_cpu():
+        a, b = losses_of(generate(*flags, '--cuda_graphs')[0]), losses_of(generate(*flags)[0])
+    assert len(a) == len(b) >= 30 and np.allclose(a, b, rtol=1e-4), (a, b)
+
+
+def test_graphs_keep_gradients_and_random_numbers():
+    """Recording changes neither: in the step of a new shape the gradients of earlier parts are
+    there already, and dropout follows the seed."""
+    w, scaler = torch.nn.Parameter(torch.tensor(3.0)), torch.amp.GradScaler('cpu', enabled=False)
+    with patched(Graphs, 'capture', capture_on_cpu):
+        graphs = Graphs(lambda x: (w * x * torch.rand(())).sum(), [w], scaler)
+        draws = []
+        for shape in (2, 2, 3):
+            torch.manual_seed(5)
+            draws.append(float(graphs(torch.tensor(0.5), torch.ones(shape)) / shape / 1.5))
+        assert draws[0] == draws[1] and abs(draws[0] - draws[2]) < 1e-6
+        assert len(graphs.recorded) == 2
+        assert abs(float(w.grad) - 0.5 * draws[0] * (2 + 2 + 3)) < 1e-5
+
+
+def test_a_device_that_is_not_there_is_refused_before_data_is_read():
+    def read(*args, **flags):
+        raise AssertionError('data is read')
+
+    with patched(data, 'load', read):
+        for main in (train_cls.main, train_gen.main):
+            raises(UserError, main, [*TINY, '--device', 'cuda:99'], match='cuda:99')
+            flags = [*TINY, '--device', 'cpu', '--cuda_graphs']
+            raises(UserError, main, flags, match='needs a GPU')
+
+
+def test_graphs_are_refused():
+    for other in ('compile', 'gradient_checkpointing'):
+        flags = dict(cuda_graphs=True, compile=False, gradient_checkpointing=False)
+        args = SimpleNamespace(**{**flags, other: True})
+        raises(UserError, check_graphs, args, torch.device('cuda'), match=f'--{other}')
+        args.cuda_graphs = False
+        check_graphs(args, torch.device('cuda'))
+
+
+def test_graphs_on_a_gpu():
+    if not torch.cuda.is_available():
+        skip('no GPU')
+    for method in ('lora', 'full'):
+        flags = [*TINY, *FLAGS[method], *STEPS, *(['--dropout', '0'] * (method == 'lora'))]
+        a, b = losses_of(train(*flags, '--cuda_graphs')[0]), losses_of(train(*flags)[0])
+        assert len(a) == len(b) > 10 and np.allclose(a, b, rtol=1e-3), (method, a, b)
+    flags = over_base(*GEN['posterior'], *'--dropout 0 --max_steps 30 --log_every 1'.split())
+    a, b = losses_of(generate(*flags, '--cuda_graphs')[0]), losses_of(generate(*flags)[0])
+    assert len(a) == len(b) >= 30 and np.allclose(a, b, rtol=1e-3), (a, b)
+
+
+def test_no_step_waits_for_the_gpu():
+    """From the seed of a step to its last operation nothing synchronizes: inputs are copied from
+    pinned memory, and no value is read."""
+    if not torch.cuda.is_available():
+        skip('no GPU')
+    seed, add, steps = lib.training.seed_step, lib.training.Log.add, []
+
+    def begin(*a):
+        seed(*a)
+        torch.cuda.set_sync_debug_mode('error' if a[1] > 1 else 'default')  # after the warm-up
+
+    def end(*a):
+        torch.cuda.set_sync_debug_mode('default')
+        steps.append(a[1])
+        add(*a)
+
+    texts = ['--data', topics(), '--model', pretrained()]
+    runs = [(train, [*TINY, *FLAGS[method], '--epochs', '2']) for method in METHODS]
+    runs += [(generate, [*texts, *GEN[method], '--max_steps', '30']) for method in ('lora', 'full')]
+    runs += [(generate, [*texts, *GEN['posterior'], '--max_steps', '30'])]
+    try:
+        for script, flags in runs:
+            with patched(lib.training, 'seed_step', begin), patched(lib.training.Log, 'add', end):
+                script(*flags, '--device', 'cuda', '--grad_accum', '2')
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+    assert len(steps) > 50
+
+
+def test_not_finite_loss_stops():
+    flags = '--full --dtype fp32 --lr 1e30 --clip 0 --log_every 1 --warmup 0'.split()
+    raises(UserError, train, *TINY, *flags, match='try a smaller --lr')
+
+
+def test_loss_that_is_not_finite():
+    """It names the step and shows its texts, saves nothing of it, and the checkpoint before it is
+    as it was."""
+    steps = '--dtype fp32 --max_steps 12 --batch_size 4 --eval_every 4 --log_every 3'.split()
+    for main, flags in (
+        (train_cls.main, [*TINY, '--full']),
+        (train_gen.main, ['--data', topics(), *SHAPE, '--pretrain']),
+    ):
+        out, real, seen = os.path.join(tmp(), 'run'), data.collate, []
+
+        def note(tokens, index, *a, **k):
+            if torch.is_grad_enabled():
+                rows = [tokens[i].astype(np.uint8) for i in sorted(index.tolist())]
+                seen.append([bytes(row).decode() for row in rows])
+            return real(tokens, index, *a, **k)
+
+        def spoiling(step, *a):
+            return math.nan if step == 5 else lr_at(step, *a)
+
+        with patched(lib.training, 'lr_at', spoiling), patched(data, 'collate', note):
+            argv = [*flags, *steps, '--out', out]
+            said = raises(UserError, main, argv, match='at step 7')  # after the one that spoilt it
+        assert len(seen[6]) == 4 and len(set(seen[6])) == 4
+        assert all(json.dumps(text[:60]) in said for text in seen[6][:3]), (said, seen[6])
+        assert '--lr' in said and '--resume' in said, said
+        assert load_resume(out)['step'] == 4
+        assert all(torch.isfinite(p).all() for p in load_resume(out)['params'].values())
+        code = script(main, ['--resume', '--out', out])[0]  # without the cause it goes on
+        assert not code and records(out)[-1]['step'] == 12
+
+
+def test_interrupt_after_a_loss_that_is_not_finite():
+    """Ctrl-C before the next log line does not save spoilt weights."""
+    out = os.path.join(tmp(), 'run')
+    flags = [*TINY, *'--full --dtype fp32 --max_steps 9 --eval_every 9'.split(), '--out', out]
+
+    def rate(step, *a):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return math.nan if step == 2 else lr_at(step, *a)
+
+    with patched(lib.training, 'lr_at', rate), contextlib.redirect_stderr(io.StringIO()):
+        raises(UserError, train_cls.main, flags, match='at step 4')
+    assert load_resume(out)['step'] == 0
+
+
+def test_out_of_memory_names_a_batch_size():
+    def full(*a, **k):
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 MiB')
+
+    for size, advice, same in (
+        (8, '--batch_size 4 --grad_accum 2', True),
+        (5, '--batch_size 2 --grad_accum 2', False),  # 4 rows a step
+        (1, 'a smaller --max_length', False),
+    ):
+        flags = [*TINY, '--batch_size', str(size), '--out', os.path.join(tmp(), 'run')]
+        with patched(torch.Tensor, 'backward', full):
+            said = raises(UserError, train_cls.main, flags, match=advice)
+        assert ('the same steps' in said) == same, said
+
+
+def test_out_of_memory_in_evaluation_takes_smaller_batches():
+    """The results do not depend on the batch size that fits; a single text that does not fit is one
+    sentence."""
+    run = open_run(tiny_run('full'), 'cpu', 'fp32')
+    texts = [f'{"very " * (i % 7)}good {i}' for i in range(40)]
+    want, real = run.logits(texts), GPT.embed
+    for room in (100, 1):
+
+        def small(self, ids, *a, room=room, **k):
+            if ids.numel() > room:
+                raise torch.OutOfMemoryError('out of memory')
+            return real(self, ids, *a, **k)
+
+        with patched(GPT, 'embed', small):
+            if room == 1:
+                raises(UserError, run.logits, texts, match='a single text')
+            else:
+                assert np.allclose(run.logits(texts), want, atol=1e-5)
