@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint
 
 from lib import checkpoints
 from lib.tensors import check_tensors
@@ -203,7 +203,8 @@ class GPT(nn.Module):
 
         pieces = zip(h[scored].split(PIECE), target[scored].split(PIECE))
         with torch.autocast(h.device.type, enabled=False):
-            found = [checkpoint(logprob, *piece, use_reentrant=False) for piece in pieces]
+            again = dict(use_reentrant=False)  # backward computes the logits again
+            found = [checkpoint.checkpoint(logprob, *piece, **again) for piece in pieces]
         return torch.zeros(target.shape, device=h.device).masked_scatter(scored, torch.cat(found))
 
     def logprob(self, ids, lengths, ends, context=(), first=None, of=None):

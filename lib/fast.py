@@ -7,6 +7,7 @@ edit of model.py or lora.py takes effect: where the two differ, the plain code s
 line says so."""
 
 import ctypes
+import gc
 import sys
 from types import MethodType
 
@@ -88,7 +89,8 @@ def keep_freed_memory():
     try:
         libc = ctypes.CDLL('libc.so.6')
         mallopt = libc.mallopt
-        libc.malloc_trim(0)  # what the comparisons have freed is returned for the last time
+        gc.collect()  # the small copies of the comparisons: their faster parts refer to them
+        libc.malloc_trim(0)  # returned to the OS for the last time
     except (OSError, AttributeError):
         return
     mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own, which free() would return
