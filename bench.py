@@ -50,6 +50,7 @@ import predict
 import train_cls
 from lib import device, files, measure, peers, runs, scoring, tokens, training, workload
 from lib.files import UserError
+from lib.flags import TARGETS
 from lib.measure import CLASSES, flops, matmul_rate, peak_memory, timed
 from lib.peers import PEERS, precision
 from model import GPT, SHAPES
@@ -105,11 +106,11 @@ def ours_score(args, folder):
     if args.task == 'gen':  # one base model and one LoRA per class
         texts, score = workload.agnews_texts(args), scoring.text_logprobs
         model = GPT.from_pretrained(folder)
-        lora.add_lora(model, 8, 16.0, 0.0, cli.TARGETS.split(','), classes=CLASSES, top=args.top)
+        lora.add_lora(model, 8, 16.0, 0.0, TARGETS.split(','), classes=CLASSES, top=args.top)
     else:
         texts, score = workload.texts_of(args)[0], scoring.class_logits
         model = GPT.from_pretrained(folder, num_labels=2, new_head=True)
-        lora.adapt(model, 'lora', r=8, alpha=16.0, targets=cli.TARGETS.split(','))
+        lora.adapt(model, 'lora', r=8, alpha=16.0, targets=TARGETS.split(','))
     runs.prepare(model, how)
     rows = workload.tokens_of(texts, args.length)
     run = lambda: score(model, rows, 1024, 'first', how.device, how.dtype)  # noqa: E731

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import data
 import lora
-from lib import base, device, fast, files, frozen, ranks, runfolder, runs, summary, training
+from lib import base, device, fast, files, flags, frozen, ranks, runfolder, runs, summary, training
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
 from lib.interrupt import interrupted, interruptible
@@ -34,8 +34,8 @@ from lib.tokens import tokenize, tokenizer, tokenizer_name
 def parse(argv):
     """-> flags, names of the flags that were typed, state of the run to resume or None"""
     p = cli.Parser(prog='train_cls.py', description=__doc__)
-    cli.data_flags(p)
-    cli.model_flags(p)
+    flags.data_flags(p)
+    flags.model_flags(p)
     group = p.add_argument_group('what to train')
     add = group.add_mutually_exclusive_group().add_argument
     add('--lora', action='store_true', help='low-rank updates of --targets, and the head (default)')
@@ -49,19 +49,19 @@ def parse(argv):
     add('--prompt', type=cli.positive, metavar='N', help=text)
     add, text = group.add_argument, 'hidden units of an adapter (default: 64)'
     add('--bottleneck', type=cli.positive, default=64, help=text)
-    cli.lora_flags(p)
-    add, text = cli.optim_flags(p), 'balanced: a class weighs rows / (classes x its rows)'
+    flags.lora_flags(p)
+    add, text = flags.optim_flags(p), 'balanced: a class weighs rows / (classes x its rows)'
     add('--class_weights', text, ('none', 'balanced'), 'none')
-    cli.system_flags(p)
+    flags.system_flags(p)
     args, given = p.parse(argv)
     if args.resume:
         saved = load_resume(args.out)
-        return cli.resumed(args, given, saved['args']), set(), saved
+        return flags.resumed(args, given, saved['args']), set(), saved
     methods = ('head', 'last', 'full', 'adapter', 'prompt')
     args.method = next((m for m in methods if getattr(args, m)), 'lora')
     needs = dict(bottleneck=('--adapter', args.adapter))
     needs['gradient_checkpointing'] = ('blocks that train', not args.head)
-    cli.check_flags(args, given, needs)
+    flags.check_flags(args, given, needs)
     return args, given, None
 
 
@@ -75,7 +75,7 @@ def load(args, given, saved):
         return ds, model, tokenizer(tokenizer_name(model.cfg.vocab_size), args.data_dir)
 
     with ranks.first_of_machine():
-        ds, model, enc = cli.or_demo(get, args, given, saved)  # the demo if there is no network
+        ds, model, enc = flags.or_demo(get, args, given, saved)  # the demo if there is no network
     if args.quick:
         ds.val, ds.test = (data.cap(split, 100, args.seed) for split in (ds.val, ds.test))
     room = model.cfg.block_size - (args.prompt or 0)
@@ -141,7 +141,7 @@ def main(argv=None):
     weights = torch.tensor(class_weights).float().to(dev) if balanced else None
     place = dev, dtype, reason
     print('\n'.join(summary.describe(args, ds, train, model.cfg, place) + facts))
-    changed = given - {'lr', 'data', 'model', 'max_steps', 'epochs', *cli.METHODS['cls']}
+    changed = given - {'lr', 'data', 'model', 'max_steps', 'epochs', *flags.METHODS['cls']}
     print(f'{plan}{plan.hint(given)}, lr {args.lr:g}{summary.flags(args, changed)}', flush=True)
 
     def batch_of(index):

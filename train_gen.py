@@ -24,7 +24,8 @@ import torch.nn.functional as F
 
 import data
 import lora
-from lib import classes, device, files, genflags, genrun, ranks, runs, scoring, summary, training
+from lib import device, files, flags, genflags, genrun, ranks, runs, summary, training
+from lib.classes import auc, fit_calibration
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
 from lib.interrupt import interrupted, interruptible
@@ -33,15 +34,16 @@ from lib.predictions import write_predictions
 from lib.prompts import prompts_of
 from lib.report import report
 from lib.resume import restore, save_resume
+from lib.scoring import ends_here, scored_lengths, text_logprobs
 from lib.tokens import tokenize, tokenizer, tokenizer_name
 
 # --- flags ---
 
 
-def flags():
+def parser():
     p = cli.Parser(prog='train_gen.py', description=__doc__)
-    cli.data_flags(p)
-    cli.model_flags(p)
+    flags.data_flags(p)
+    flags.model_flags(p)
     group = p.add_argument_group('what to train')
     add = group.add_mutually_exclusive_group().add_argument
     add('--lora', action='store_true', help='low-rank updates of --targets per class (default)')
@@ -68,15 +70,15 @@ def flags():
     add('--likelihood_share', text, cli.share, 0.1)
     text = 'peak learning rate of these steps (default: --lr / 3)'
     add('--posterior_lr', text, cli.above_zero)
-    cli.lora_flags(p)
-    cli.optim_flags(p)
-    cli.system_flags(p)
+    flags.lora_flags(p)
+    flags.optim_flags(p)
+    flags.system_flags(p)
     return p
 
 
 def parse(argv):
     """-> flags, names of the flags that were typed, state of the run to resume or None"""
-    args, given = flags().parse(argv)
+    args, given = parser().parse(argv)
     if args.resume:
         return genflags.resume(args, given)
     methods = ('full', 'prefix', 'zero_shot', 'pretrain')
@@ -96,7 +98,7 @@ def parse(argv):
     training_flags += 'trunk_dropout eval_every compile cuda_graphs gradient_checkpointing'
     text = 'training, and --zero_shot has none'
     needs.update(dict.fromkeys(training_flags.split(), (text, trains)))
-    cli.check_flags(args, given, needs)
+    flags.check_flags(args, given, needs)
     if args.posterior_steps and args.class_id is not None:
         raise UserError(
             '--posterior_steps trains all classes, --class_id one alone; give one of them'
@@ -126,7 +128,7 @@ def load(args, given, saved):
 
     with ranks.first_of_machine():
         insist = saved or args.class_id is not None
-        ds, model, enc = cli.or_demo(get, args, given, insist)  # the demo if there is no network
+        ds, model, enc = flags.or_demo(get, args, given, insist)  # the demo if there is no network
     if args.quick:
         ds.val, ds.test = (data.cap(split, 100, args.seed) for split in (ds.val, ds.test))
     k, prompts = len(ds.labels), None
@@ -166,7 +168,7 @@ class Phase:
             self.own = ds.val.y[val_rows] == k
         self.val = tokenize(run.enc, [ds.val.texts[i] for i in val_rows], cache=False)
         self.lengths = np.minimum(run.train.lengths[self.rows], args.max_length)  # (N,) tokens read
-        scored = scoring.scored_lengths(run.cfg.vocab_size - 1, run.train, args.max_length)
+        scored = scored_lengths(run.cfg.vocab_size - 1, run.train, args.max_length)
         self.scored = scored[self.rows]  # (N,) tokens with their <|endoftext|>
         share = len(self.rows) / len(run.train)
         length = max(1, round(args.max_steps * share)), args.epochs, args.lr
@@ -190,7 +192,7 @@ class Phase:
         where, end = (args.max_length, args.keep), self.model.end
         multiple = GRAPH_WIDTH if args.cuda_graphs else 1
         ids, n = data.collate(run.train, rows, *where, end, run.dev, multiple=multiple)
-        ends = scoring.ends_here(end, run.train, rows, args.max_length)
+        ends = ends_here(end, run.train, rows, args.max_length)
         rest = (ends, torch.from_numpy(run.ds.train.y[rows]))
         return ids, n, *(data.to_device(t, run.dev) for t in rest)
 
@@ -215,7 +217,7 @@ class Phase:
     def val_logprobs(self):
         """log P of every validation text (n, 1), or (n, K) of a model with classes."""
         args, where = self.run.args, (self.run.dev, self.run.dtype)
-        return scoring.text_logprobs(self.model, self.val, args.max_length, args.keep, *where)
+        return text_logprobs(self.model, self.val, args.max_length, args.keep, *where)
 
     def log(self, done):
         """The log of this phase, after `done` steps."""
@@ -236,12 +238,12 @@ class Phase:
             results = dict(val_loss=m['nll'], val_accuracy=m['accuracy'])
             return (m['accuracy'], -m['nll']), {**results, 'val_macro_f1': m['macro_f1']}
         own = self.own if self.kind == 'class' else np.full(len(self.val), True)
-        n = scoring.scored_lengths(self.model.end, self.val, self.run.args.max_length)
+        n = scored_lengths(self.model.end, self.val, self.run.args.max_length)
         loss = -float(logprobs[own].sum() / n[own].sum())
         results = dict(val_loss=loss, val_nats_per_text=-float(logprobs[own].mean()))
         if own.all():
             return (-loss,), results
-        results['val_auc'] = classes.auc((logprobs - self.base_logprobs)[:, 0], own)
+        results['val_auc'] = auc((logprobs - self.base_logprobs)[:, 0], own)
         return (results['val_auc'], -loss), results
 
 
@@ -316,7 +318,7 @@ def finish(run):
     val = tokenize(run.enc, ds.val.texts, cache=False)
     logits = opened.logits_of(val)  # (N, K)
     logprobs, y = logits - run.log_prior, ds.val.y
-    opened.tau, opened.bias = classes.fit_calibration(logprobs, run.log_prior, y)
+    opened.tau, opened.bias = fit_calibration(logprobs, run.log_prior, y)
     m, probs, pred = run_metrics(opened, logits, y, labels)
     info['calibration'] = dict(tau=opened.tau, bias=dict(zip(labels, opened.bias.tolist())))
     if not args.direct:

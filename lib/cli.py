@@ -1,5 +1,5 @@
-"""Command lines: the parser, the flags that both training scripts share (one function per group),
-and running a script so that a user's mistake ends in one sentence. Called by every script."""
+"""Command lines: the parser, and running a script so that a user's mistake ends in one sentence.
+Called by every script."""
 
 import argparse
 import contextlib
@@ -7,20 +7,10 @@ import difflib
 import os
 import re
 import sys
-import textwrap
 
-from lib.files import Unavailable, UserError
+from lib.files import UserError
 
 DATA_SETS = ('sst2', 'agnews', 'imdb', 'sms', 'demo')
-METHODS = dict(gen=('lora', 'full', 'prefix', 'zero_shot'))
-METHODS['cls'] = ('lora', 'head', 'last', 'full', 'adapter', 'prompt')
-ALL_METHODS = (*METHODS['cls'], *METHODS['gen'], 'pretrain')
-# where published recipes for pretrained GPT-2 start; random weights need larger steps
-LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2)
-LR.update(prefix=3e-5, pretrain=3e-5)
-LR_SCRATCH, LR_NANO = 3e-4, dict(cls=3e-3, gen=6e-3)  # nano: LoRA on the demo's small model
-# every matrix of a block: better than attention alone at the same number of parameters
-TARGETS = 'c_attn,attn.c_proj,c_fc,mlp.c_proj'
 
 
 def script(name):
@@ -117,14 +107,6 @@ def absolute(path):
     return os.path.abspath(path) if user else path
 
 
-class OldTruncate(argparse.Action):
-    """--truncate head|tail, the old name of --keep first|last."""
-
-    def __call__(self, parser, namespace, value, option=None):
-        namespace.keep = dict(head='first', tail='last')[value]
-        print(f'note: --truncate {value} is now --keep {namespace.keep}', file=sys.stderr)
-
-
 def group(p, title):
     """A new argument group -> add(flag, help text, kind, default, metavar), a function that adds a
     flag to it. kind: a type, a tuple of choices, or bool for a flag without a value."""
@@ -140,160 +122,3 @@ def group(p, title):
         add_argument(flag, help=text, metavar=metavar or NUMBERS.get(kind), **kw)
 
     return add
-
-
-def data_flags(p):
-    add = group(p, 'data')
-    text = f'{", ".join(DATA_SETS)}, a .csv, .tsv or .jsonl file, or a folder with train.*'
-    add('--data', text, absolute, 'sst2', 'NAME')
-    add('--val', 'validation rows (default: held out from --data)', absolute, metavar='FILE')
-    add('--test', 'test rows (default: those of --data, or held out)', absolute, metavar='FILE')
-    add('--text_col', 'text column or key of your own data (default: guessed)', metavar='NAME')
-    add('--label_col', 'label column or key of your own data (default: guessed)', metavar='NAME')
-    add('--max_length', 'cut texts to N tokens; SST-2 has at most 65', positive, 128)
-    add('--keep', 'which tokens of a longer text to keep', ('first', 'last'), 'first')
-    old = dict(action=OldTruncate, dest='keep', choices=('head', 'tail'), help=argparse.SUPPRESS)
-    p.add_argument('--truncate', default=argparse.SUPPRESS, **old)
-    add('--max_samples', 'train on at most N rows per class, picked with --seed', positive)
-    add('--balance', 'drop rows until all classes are as small as the smallest', bool)
-    text = 'search here before the cache and the network (default: $NANOCLS_DATA)'
-    add('--data_dir', text, absolute, metavar='DIR')
-
-
-def model_flags(p):
-    add = group(p, 'model')
-    text = 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, nano (for the demo), or a folder '
-    add('--model', text + 'with a GPT-2 checkpoint', str, 'gpt2', 'NAME')
-    add('--scratch', 'random weights in the shape of --model', bool)
-    add('--n_layer', 'blocks, with --scratch (default: of --model)', positive)
-    add('--n_head', 'attention heads per block, with --scratch (default: of --model)', positive)
-    add('--n_embd', 'width, with --scratch (default: of --model)', positive)
-    add('--block_size', 'positions (tokens), with --scratch (default: of --model)', positive)
-
-
-def lora_flags(p):
-    add = group(p, 'LoRA')
-    add('--r', 'rank of the updates', positive, 8)
-    add('--alpha', 'scale the updates by alpha / r', above_zero, 16.0)
-    add('--dropout', 'dropout on the inputs of the updates', share, 0.05)
-    add('--targets', 'layers to update, comma-separated', str, TARGETS, 'NAMES')
-    add('--top', 'update the last N blocks only (default: all)', positive)
-
-
-def optim_flags(p):
-    """-> function that adds another flag to this group, as in group()"""
-    add = group(p, 'optimization')
-    text = 'optimizer steps, of all classes together in train_gen.py; 800 are 0.19 epochs of SST-2'
-    add('--max_steps', text, positive, 800)
-    add('--epochs', 'epochs over the training rows, instead of --max_steps', above_zero)
-    add('--batch_size', 'rows per forward pass', positive, 16)
-    add('--grad_accum', 'forward passes per step: batch_size x grad_accum rows', positive, 1)
-    rates = ', '.join(f'{method} {rate:g}' for method, rate in LR.items())
-    rates += f', --scratch {LR_SCRATCH:g}, LoRA on nano {LR_NANO["cls"]:g}, in train_gen.py '
-    add('--lr', f'peak learning rate (default: {rates}{LR_NANO["gen"]:g})', above_zero)
-    add('--weight_decay', 'AdamW weight decay (matrices only)', not_negative, 0.01)
-    add('--warmup', 'fraction of the steps in which the learning rate rises', share, 0.06)
-    schedules = ('linear', 'cosine', 'constant')
-    add('--schedule', 'learning rate after the warmup: to 0, or constant', schedules, 'linear')
-    add('--clip', 'max gradient norm (0 = off)', not_negative, 1.0)
-    add('--trunk_dropout', "GPT-2's own dropout: embedding, attention, residual", share, 0.0)
-    return add
-
-
-def system_flags(p):
-    add = group(p, 'system')
-    add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
-    dtypes = ('auto', 'bf16', 'fp16', 'fp32')
-    add('--dtype', 'matmul precision; auto: the fastest native one', dtypes, 'auto')
-    add('--compile', 'torch.compile the model', bool)
-    add('--cuda_graphs', 'replay a graph per batch shape; single GPU, not benchmarked yet', bool)
-    add('--gradient_checkpointing', 'recompute blocks in backward: less memory, more time', bool)
-    add('--plain', 'run the plain model, without lib/fast.py and caches', bool)
-    add('--seed', 'random seed for split, order, init and dropout', int, 1337)
-    add('--out', 'run folder (default: runs/DATA-METHOD, numbered if taken)', metavar='DIR')
-    add('--resume', 'resume the interrupted run in --out with its own flags', bool)
-    add('--eval_every', 'steps between validations (default: a quarter of the run)', positive)
-    add('--log_every', 'steps between log lines', positive, 20)
-    add('--quick', 'a trial: 100 rows per class of each split, one epoch', bool)
-
-
-def check_flags(args, given, needs):
-    """Refuse flags that would do nothing, then fill in the defaults that depend on others. given:
-    names that were typed; needs: {name: (flag without which it does nothing, is that flag there?)},
-    in addition to what holds for both scripts."""
-    lora, scratch = ('--lora', args.method == 'lora'), ('--scratch', args.scratch)
-    both = dict.fromkeys('r alpha dropout targets top'.split(), lora)
-    both.update(dict.fromkeys('n_layer n_head n_embd block_size'.split(), scratch))
-    for name, (flag, present) in {**both, **needs}.items():
-        if name in given and not present:
-            raise UserError(f'--{name} does nothing without {flag}')
-    if {'max_steps', 'epochs'} <= given:
-        raise UserError('--max_steps and --epochs both set the length of the run; give one of them')
-    if args.quick:
-        args.max_samples = args.max_samples or 100
-        args.epochs = args.epochs or (None if 'max_steps' in given else 1.0)
-    if args.data == 'demo' and 'model' not in given:
-        args.model = 'nano'
-    if args.model == 'nano' and 'data' not in given:
-        args.data = 'demo'
-    args.lr = args.lr or default_lr(args)
-    args.targets = [t.strip() for t in args.targets.split(',')]
-
-
-def default_lr(args):
-    if args.scratch:
-        return LR_SCRATCH
-    if (args.model, args.method) == ('nano', 'lora'):
-        return LR_NANO['gen' if hasattr(args, 'pretrain') else 'cls']
-    return LR.get(args.method)
-
-
-def strange_flags(args, saved):
-    """-> names of the flags in `saved` (read from a file) of a type that the parsed flags `args`
-    cannot have."""
-
-    def fits(name, value):
-        mine = getattr(args, name, None)
-        if name == 'targets' and isinstance(value, list):
-            return all(isinstance(t, str) for t in value)
-        if name in ('targets', 'method'):
-            return isinstance(value, str) and (name == 'targets' or value in ALL_METHODS)
-        kinds = (str, int, float) if mine is None else type(mine)
-        return value is None or isinstance(value, (int, float) if kinds in (int, float) else kinds)
-
-    return [n for n, v in saved.items() if not fits(n, v)] if isinstance(saved, dict) else ['args']
-
-
-def resumed(args, given, saved):
-    """-> the flags `saved` of an interrupted run, its folder named as now. Refuses a flag that was
-    typed and differs."""
-    missing = [name for name in vars(args) if name not in saved]
-    if missing:
-        text = f'was not started by this script and version (its flags lack --{missing[0]})'
-        raise UserError(f'{args.out} {text}; resume with the one that did')
-    if strange := strange_flags(args, saved):
-        text = f'is damaged: its flag --{strange[0]} is malformed'
-        raise UserError(f'{args.out} {text}; start the run again')
-    for name in sorted(given - {'resume', 'out'}):
-        if getattr(args, name) != saved[name]:
-            text = f"differs from the interrupted run's {saved[name]}"
-            raise UserError(f'--{name} {getattr(args, name)} {text}; a resumed run keeps its flags')
-    return argparse.Namespace(**{**saved, 'out': args.out})
-
-
-def or_demo(get, args, given, insist):
-    """-> get(). If what it needs cannot be downloaded and the user named neither data nor model,
-    falls back to the demo and says so in a box."""
-    try:
-        return get()
-    except Unavailable as e:
-        if insist or given & {'data', 'model'}:
-            raise
-        text = f'{e}. This run uses the built-in demo instead: synthetic sentences, and `nano`, a '
-        text += 'small language model trained on them. To insist on yours, name --data or --model.'
-        text = textwrap.fill(text, 99, initial_indent='| ', subsequent_indent='| ')
-        print(line := f'+{"-" * 98}', text, line, sep='\n', flush=True)
-    args.data, args.model = 'demo', 'nano'
-    if 'lr' not in given:
-        args.lr = default_lr(args)
-    return get()

@@ -4,7 +4,7 @@ Called by train_gen.py."""
 import glob
 import os
 
-from lib import cli, runfolder
+from lib import flags, runfolder
 from lib.files import UserError
 from lib.resume import load_resume
 
@@ -24,7 +24,7 @@ def resume(args, given):
     if states:  # several if classes were trained by processes of their own: the first
         work = os.path.dirname(min(states))
         saved = load_resume(work)
-        return cli.resumed(args, given, saved['args']), set(), {**saved, 'work': work}
+        return flags.resumed(args, given, saved['args']), set(), {**saved, 'work': work}
     info = runfolder.read_run(args.out)
     if info.get('kind') != 'gen':
         raise UserError(f'{args.out} was trained by train_cls.py; resume it with that')
@@ -33,7 +33,7 @@ def resume(args, given):
         method = f'{args.out} is one of --{info["method"]}'
         raise UserError(f'--posterior_steps needs a run of --lora or --prefix, and {method}')
     old = {**info.get('pending', info['args']), **{name: getattr(args, name) for name in later}}
-    return cli.resumed(args, given - later, {**old, 'class_id': None}), set(), dict(work=None)
+    return flags.resumed(args, given - later, {**old, 'class_id': None}), set(), dict(work=None)
 
 
 def inherit(args, given):
@@ -49,7 +49,7 @@ def inherit(args, given):
         method = f'{args.out} was trained with --{info["method"]}'
         raise UserError(f'--{args.method}: {method}; its classes must be alike')
     old = info.get('pending', info['args'])
-    strange = cli.strange_flags(args, old)
+    strange = flags.strange_flags(args, old)
     if strange:
         problem = f'is damaged: its flag --{strange[0]} is malformed'
         raise UserError(f'{args.out}/run.json {problem}; restore the file, or train again')

@@ -6,8 +6,8 @@ import os
 
 import lora
 from lib import checkpoints, files
-from lib.cli import METHODS
 from lib.files import UserError
+from lib.flags import METHODS
 from lib.foreign import elsewhere
 from lib.peft import save_peft
 from lib.tensors import save_safetensors

@@ -26,8 +26,8 @@ import eval as evaluation  # not `eval`, which is Python's own
 import lib.download
 import lora
 import predict
-from lib.cli import resumed
 from lib.files import UserError, cached, read_bytes, write_json
+from lib.flags import resumed
 from lib.peft import load_peft, save_peft
 from lib.plots import read_log
 from lib.prompts import prompts_of

@@ -14,9 +14,9 @@ import torch
 import data
 import lib.device
 import lora
-from lib.cli import LR
 from lib.device import place
 from lib.files import read_json
+from lib.flags import LR
 from lib.tensors import load_safetensors
 from lib.tokens import tokenizer
 from model import GPT, SHAPES
