@@ -87,29 +87,6 @@ def load(args, given, saved):
     return ds, model, tokenize(enc, ds.train.texts), tokenize(enc, ds.val.texts)
 
 
-def begin(args, ds, model, read, saved):
-    """Make the run folder, or take over that of the run to resume. -> contents of run.json"""
-    args.out = args.out or ranks.from_rank_zero(
-        lambda: runfolder.free_folder(args.data, args.method)
-    )
-
-    def claim():
-        files.claim(args.out)
-        taken = any(os.path.exists(os.path.join(args.out, n)) for n in ('run.json', 'resume.pt'))
-        if taken and not saved:
-            advice = 'name another folder, remove that one, or resume it (--resume)'
-            raise UserError(f'--out {args.out} already holds a run; {advice}')
-        files.remove_leftovers(args.out)
-        return base.base_info(args, args.out, model.cfg, read, ds.labels)
-
-    info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed)
-    info.update(labels=ds.labels, base=ranks.from_rank_zero(claim))
-    info.update(rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')})
-    trained, total = lora.count(model)
-    info.update(args=vars(args), parameters=dict(trainable=trained, total=total))
-    return {**info, 'versions': summary.versions()}
-
-
 def main(argv=None):
     args, given, saved = parse(argv)
     dev, dtype, reason = device.pick_device(args.device, args.dtype)
@@ -121,7 +98,7 @@ def main(argv=None):
     options = args.last, args.r, args.alpha, args.dropout, args.targets
     wrapped = lora.adapt(model, args.method, *options, args.bottleneck, args.prompt, args.top)
     model.set_dropout(args.trunk_dropout)
-    info, facts = begin(args, ds, model, read, saved), lora.describe(model, wrapped)
+    info, facts = runfolder.begin(args, ds, model, read, saved), lora.describe(model, wrapped)
     device.place(model, dev, dtype)
     if not args.plain:  # the same numbers, sooner; may be deleted
         token_ids = np.append(train.flat, model.end) if args.full else None

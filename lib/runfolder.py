@@ -5,7 +5,7 @@ import itertools
 import os
 
 import lora
-from lib import checkpoints, files
+from lib import base, checkpoints, files, ranks, summary
 from lib.files import UserError
 from lib.flags import METHODS
 from lib.foreign import elsewhere
@@ -19,6 +19,28 @@ def free_folder(name, method):
     first = os.path.join('runs', f'{stem}-{method}')
     numbered = (f'{first}-{i}' for i in itertools.count(2))
     return next(path for path in itertools.chain([first], numbered) if not os.path.exists(path))
+
+
+def begin(args, ds, model, read, saved):
+    """Make the folder of a discriminative run, or take over that of the run to resume. read: see
+    save_weights. -> contents of run.json"""
+    args.out = args.out or ranks.from_rank_zero(lambda: free_folder(args.data, args.method))
+
+    def claim():
+        files.claim(args.out)
+        taken = any(os.path.exists(os.path.join(args.out, n)) for n in ('run.json', 'resume.pt'))
+        if taken and not saved:
+            advice = 'name another folder, remove that one, or resume it (--resume)'
+            raise UserError(f'--out {args.out} already holds a run; {advice}')
+        files.remove_leftovers(args.out)
+        return base.base_info(args, args.out, model.cfg, read, ds.labels)
+
+    info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed)
+    info.update(labels=ds.labels, base=ranks.from_rank_zero(claim))
+    info.update(rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')})
+    trained, total = lora.count(model)
+    info.update(args=vars(args), parameters=dict(trainable=trained, total=total))
+    return {**info, 'versions': summary.versions()}
 
 
 def save_weights(folder, model, method, labels, base_name, read=None):
