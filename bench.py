@@ -28,6 +28,10 @@ CUDA the peak of PyTorch's allocator. GFLOP/s counts the arithmetic that the rea
 same run.
 """
 
+from lib import start
+
+start.script(__name__)
+
 import json
 import math
 import os
@@ -38,17 +42,13 @@ import sys
 import tempfile
 import time
 
-from lib import cli
-
-cli.script(__name__)
-
 import torch
 
 import data
 import lora
 import predict
 import train_cls
-from lib import device, files, measure, peers, runs, scoring, tokens, training, workload
+from lib import cli, device, files, measure, peers, runs, scoring, tokens, training, workload
 from lib.files import UserError
 from lib.flags import TARGETS
 from lib.measure import CLASSES, flops, matmul_rate, peak_memory, timed
@@ -229,33 +229,37 @@ def startup(args, folder, side):
 
 def parse(argv):
     p = cli.Parser(description=__doc__, prog='bench.py')
-    add, positive, dtypes = p.add_argument, cli.positive, ('bf16', 'fp32')
+    add, positive, dtypes = cli.group(p, 'what to measure'), cli.positive, ('bf16', 'fp32')
     tasks = (*METHODS, 'eval', 'gen', 'startup', 'predict', 'curves')
-    shapes = [name for name in SHAPES if name != 'nano']
-    splits = ('train', 'validation')
     rows = ', '.join(f'{task} {n}' for task, n in ROWS.items())
     gpu = 'cuda' if torch.cuda.is_available() else 'cpu'
-    add('--task', choices=tasks, default='lora', help='what to measure')
-    add('--against', choices=('hf',), help='run the peers; needs transformers, for LoRA also PEFT')
-    add('--hf', nargs='+', choices=PEERS, default=list(PEERS), help='which peers (default: all)')
-    add('--model', choices=shapes, default='gpt2', help='shape of the model; weights are random')
-    add('--batch_size', type=positive, default=16, help='rows per step, and per batch of Trainer')
-    add('--steps', type=positive, default=STEPS, help='training steps per block; 4 do for memory')
-    add('--repeats', type=positive, default=2, help='turns per side; for curves, number of seeds')
-    add('--rows', type=positive, help=f'number of texts (default: {rows})')
-    add('--split', choices=splits, default='train', help='texts of SST-2, for eval and predict')
-    add('--length', type=positive, metavar='N', help='texts of N tokens, for training and eval')
-    add('--data', choices=('agnews', 'sms'), default='agnews', help='data set, for curves')
-    add('--device', default=gpu, help='cpu or cuda')
-    add('--dtype', choices=dtypes, help='matmul precision (default: bf16 where it is native)')
-    add('--seed', type=int, default=1, help='first seed, for curves')
-    add('--base', metavar='DIR', help='base model, for curves (default: train one)')
-    add('--top', type=positive, metavar='M', help='LoRA in the last M blocks only, for gen')
-    add('--extra', default='', metavar='FLAGS', help='flags of train_cls.py, as --extra=--plain')
-    add('--hf_dtype', choices=dtypes, help='of the peers (default: `default` fp32, others --dtype)')
-    add('--json', metavar='FILE', help='write the figures to FILE')
-    add('--worker', metavar='SIDE', help='(internal: take one turn of this side)')
-    add('--shared', metavar='DIR', help='(internal: folder that the sides share)')
+    add('--task', 'what to measure', tasks, 'lora')
+    add('--steps', 'training steps per block; 4 do for memory', positive, STEPS)
+    add('--repeats', 'turns per side; for curves, number of seeds', positive, 2)
+    add('--json', 'write the figures to FILE', metavar='FILE')
+    add = cli.group(p, 'peers')
+    add('--against', 'run the peers; needs transformers, for LoRA also PEFT', ('hf',))
+    add('--hf', 'which peers (default: all)', tuple(PEERS), list(PEERS), nargs='+')
+    text = 'of the peers (default: fp32 of `default`, --dtype of the others)'
+    add('--hf_dtype', text, dtypes)
+    add = cli.group(p, 'model and texts')
+    shapes = tuple(name for name in SHAPES if name != 'nano')
+    add('--model', 'shape of the model; weights are random', shapes, 'gpt2')
+    add('--top', 'LoRA in the last M blocks only, for gen (default: all)', positive, metavar='M')
+    add('--extra', 'flags of train_cls.py, as --extra=--plain', default='', metavar='FLAGS')
+    add('--base', 'base model, for curves (default: train one)', metavar='DIR')
+    add('--batch_size', 'rows per step, and per batch of Trainer', positive, 16)
+    add('--rows', f'number of texts (default: {rows})', positive)
+    add('--split', 'texts of SST-2, for eval and predict', ('train', 'validation'), 'train')
+    text = 'texts of N tokens, for training and eval (default: as they are)'
+    add('--length', text, positive)
+    add('--data', 'data set, for curves', ('agnews', 'sms'), 'agnews')
+    add('--seed', 'first seed, for curves', int, 1)
+    add = cli.group(p, 'system')
+    add('--device', 'cpu or cuda', default=gpu, metavar='NAME')
+    add('--dtype', 'matmul precision (default: bf16 where it is native)', dtypes)
+    add('--worker', '(internal: take one turn of this side)', metavar='SIDE')
+    add('--shared', '(internal: folder that the sides share)', metavar='DIR')
     args, _ = p.parse(argv)
     if not args.dtype:
         native = not args.device.startswith('cpu') or device.cpu_has_bf16()

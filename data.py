@@ -6,6 +6,10 @@ for in --data_dir or $NANOCLS_DATA, then in the cache ($NANOCLS_CACHE, or ~/.cac
 downloaded into the cache.  Only the cache is written to.
 """
 
+from lib import start
+
+start.script(__name__)
+
 import collections
 import gzip
 import io
@@ -15,13 +19,9 @@ import re
 import tarfile
 from dataclasses import dataclass
 
-from lib import cli
-
-cli.script(__name__)
-
 import numpy as np
 
-from lib import demo, download, files, tables
+from lib import cli, demo, download, files, tables
 from lib.files import UserError
 from lib.tokens import tokenize, tokenizer
 

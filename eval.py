@@ -10,17 +10,17 @@ A single run on the test split of its own data also updates RUN/eval_results.jso
 --calibrated, --device, --dtype or --plain is given.
 """
 
+from lib import start
+
+start.script(__name__)
+
 import json
 import os
 import sys
 
-from lib import cli
-
-cli.script(__name__)
-
 import numpy as np
 
-from lib import files
+from lib import cli, files
 from lib.files import UserError
 from lib.metrics import compare, metrics, run_metrics
 from lib.plots import figure_class, plot, read_log

@@ -10,17 +10,17 @@ RUN may also be a folder written by transformers or PEFT. It may lie anywhere: o
 base model and the tokenizer are needed.
 """
 
+from lib import start
+
+start.script(__name__)
+
 import html
 import itertools
 import json
 import os
 import sys
 
-from lib import cli
-
-cli.script(__name__)
-
-from lib import export, files, ranks, runs, tables
+from lib import cli, export, files, ranks, runs, tables
 from lib.explain import PAGE, explain, painted, paragraph
 from lib.files import UserError
 from lib.metrics import softmax

@@ -6,12 +6,12 @@ the last token.
     python train_cls.py --data sms --scratch --full     random weights, everything trains
 """
 
+from lib import start
+
+start.script(__name__)
+
 import gc
 import os
-
-from lib import cli
-
-cli.script(__name__)
 
 import numpy as np
 import torch
@@ -19,7 +19,20 @@ import torch.nn.functional as F
 
 import data
 import lora
-from lib import base, device, fast, files, flags, frozen, ranks, runfolder, runs, summary, training
+from lib import (
+    base,
+    cli,
+    device,
+    fast,
+    files,
+    flags,
+    frozen,
+    ranks,
+    runfolder,
+    runs,
+    summary,
+    training,
+)
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
 from lib.interrupt import interrupted, interruptible
@@ -47,8 +60,8 @@ def parse(argv):
     add('--adapter', action='store_true', help=text)
     text = 'N learned vectors in front of the text, and the head'
     add('--prompt', type=cli.positive, metavar='N', help=text)
-    add, text = group.add_argument, 'hidden units of an adapter (default: 64)'
-    add('--bottleneck', type=cli.positive, default=64, help=text)
+    add, text = group.add_argument, 'hidden units of an adapter'
+    add('--bottleneck', type=cli.positive, default=64, metavar='N', help=text)
     flags.lora_flags(p)
     add, text = flags.optim_flags(p), 'balanced: a class weighs rows / (classes x its rows)'
     add('--class_weights', text, ('none', 'balanced'), 'none')

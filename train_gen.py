@@ -9,14 +9,14 @@ exact sequence probabilities.
     python train_gen.py --pretrain --data mine.txt     one language model on all texts, for --model
 """
 
+from lib import start
+
+start.script(__name__)
+
 import gc
 import os
 from functools import partial
 from types import SimpleNamespace
-
-from lib import cli
-
-cli.script(__name__)
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import data
 import lora
-from lib import device, files, flags, genflags, genrun, ranks, runs, summary, training
+from lib import cli, device, files, flags, genflags, genrun, ranks, runs, summary, training
 from lib.classes import auc, fit_calibration
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs

@@ -1,29 +1,23 @@
 """Command lines: the parser, and running a script so that a user's mistake ends in one sentence.
-Called by every script."""
+Called by every script, and by rooms that suggest a command."""
 
 import argparse
 import contextlib
 import difflib
 import os
 import re
+import shlex
+import shutil
+import signal
 import sys
 
+from lib import start
 from lib.files import UserError
 
 DATA_SETS = ('sst2', 'agnews', 'imdb', 'sms', 'demo')
 
 
-def script(name):
-    """Call as script(__name__) before torch is imported (seconds): Ctrl-C then ends the script
-    without a traceback. Does nothing in a module that is imported."""
-
-    def end_quietly(kind, value, trace):
-        if not issubclass(kind, KeyboardInterrupt):
-            return sys.__excepthook__(kind, value, trace)
-        print('interrupted', file=sys.stderr)
-
-    if name == '__main__':
-        sys.excepthook = end_quietly
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where the scripts are
 
 
 def run(main):
@@ -32,6 +26,8 @@ def run(main):
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')  # for texts that the terminal cannot show
     try:
+        if signal.getsignal(signal.SIGINT) is start.end_quietly:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main()
         sys.stdout.flush()  # notices a closed pipe here, not while Python shuts down
     except UserError as e:
@@ -42,19 +38,44 @@ def run(main):
         code = 2
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
-        code = 130  # 128 + SIGINT, as shells report it
+        code = 130
     except BrokenPipeError:  # python data.py sst2 | head -3
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     sys.exit(code)
 
 
+def command(name, *words, **flags):
+    """-> a line that can be pasted into a shell, from any folder: a script of ours, words, flags
+    {name: value}; True is a flag without a value."""
+    words = [name if os.getcwd() == TOP else os.path.join(TOP, name), *words]
+    for flag, value in flags.items():
+        dashed = str(value).startswith('-')  # argparse would take it for a flag
+        words += (
+            [f'--{flag}={value}'] if dashed else [f'--{flag}', str(value)][: 2 - (value is True)]
+        )
+    return f'python {shlex.join(words)}'
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """--help of at most 100 columns, in which each flag that has a default names it."""
+
+    def __init__(self, prog, **kw):
+        super().__init__(prog, width=min(100, shutil.get_terminal_size().columns), **kw)
+
+    def _get_help_string(self, action):
+        text, value = action.help, action.default
+        silent = value is None or value is False or value in ('', argparse.SUPPRESS)
+        if silent or not action.option_strings or 'default' in text:
+            return text
+        return f'{text} (default: {format(value, "g") if type(value) is float else value})'
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with --max-steps == --max_steps, no abbreviations, and errors as UserError."""
 
     def __init__(self, **kw):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(allow_abbrev=False, formatter_class=formatter, **kw)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kw)
 
     def parse(self, argv=None):
         """-> (namespace, given); given: names of the arguments that were typed."""
@@ -112,13 +133,11 @@ def group(p, title):
     flag to it. kind: a type, a tuple of choices, or bool for a flag without a value."""
     add_argument = p.add_argument_group(title).add_argument
 
-    def add(flag, text, kind=str, default=None, metavar=None):
+    def add(flag, text, kind=str, default=None, metavar=None, **more):
         if kind is bool:
             return add_argument(flag, help=text, action='store_true')
-        if default is not None:
-            text += f' (default: {default:g})' if kind in NUMBERS else f' (default: {default})'
         choices, kind = (kind, str) if isinstance(kind, tuple) else (None, kind)
-        kw = dict(type=kind, default=default, choices=choices)
+        kw = dict(type=kind, default=default, choices=choices, **more)
         add_argument(flag, help=text, metavar=metavar or NUMBERS.get(kind), **kw)
 
     return add

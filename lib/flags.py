@@ -39,7 +39,11 @@ def data_flags(p):
     add('--keep', 'which tokens of a longer text to keep', ('first', 'last'), 'first')
     old = dict(action=OldTruncate, dest='keep', choices=('head', 'tail'), help=argparse.SUPPRESS)
     p.add_argument('--truncate', default=argparse.SUPPRESS, **old)
-    add('--max_samples', 'train on at most N rows per class, picked with --seed', positive)
+    add(
+        '--max_samples',
+        'train on at most N rows per class, picked with --seed (default: all)',
+        positive,
+    )
     add('--balance', 'drop rows until all classes are as small as the smallest', bool)
     text = 'search here before the cache and the network (default: $NANOCLS_DATA)'
     add('--data_dir', text, absolute, metavar='DIR')

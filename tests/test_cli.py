@@ -1,10 +1,10 @@
 """lib/cli.py, and the scripts as a user runs them."""
 
+import argparse
 import contextlib
 import io
 import os
 import runpy
-import signal
 import subprocess
 import sys
 
@@ -22,6 +22,7 @@ from tests.helpers import (
     TINY,
     TOP,
     Stop,
+    environment,
     generate,
     over_base,
     patched,
@@ -167,19 +168,60 @@ def test_steps_of_less_than_an_epoch_are_announced():
     assert '--epochs' not in line('--max_steps', '2')
 
 
+def test_help():
+    """Grouped, at most 100 columns whatever the terminal, and each default is named."""
+    parsers = []
+
+    def caught(self, *a, real=Parser.parse_intermixed_args):
+        parsers.append(self)
+        return real(self, *a)
+
+    for columns in ('300', '60'):
+        with environment(COLUMNS=columns), patched(Parser, 'parse_intermixed_args', caught):
+            for name in SCRIPTS:
+                code, text, _ = as_script(os.path.join(TOP, f'{name}.py'), '--help')
+                lines = text.splitlines()
+                assert not code and max(map(len, lines)) <= 100, max(lines, key=len)
+                if columns == '300' and name != 'data':
+                    assert max(map(len, lines)) > 90, 'no room was used'
+                check_defaults(parsers.pop(), ' '.join(text.split()))
+
+
+def check_defaults(parser, text):
+    groups = [group for group in parser._action_groups if group._group_actions]
+    assert groups[-1].title not in ('options', 'optional arguments'), 'no groups'
+    for action in parser._actions[1:]:
+        value, said = action.default, action.help
+        if not action.option_strings or value is None or value is False or value == '':
+            continue
+        if said == argparse.SUPPRESS:
+            continue
+        if 'default' not in said:  # not one that is computed or explained
+            value = f'{value:g}' if isinstance(value, float) else value
+            said = ' '.join(f'{said} (default: {value})'.split())
+        assert said in text, (action.dest, said)
+
+
 def test_ctrl_c_while_importing():
-    """Torch takes seconds to import: Ctrl-C then ends each script with one word."""
-    folder = tmp()
+    """Torch takes seconds to import: Ctrl-C then ends each script with one word, whatever is being
+    imported."""
     # the handler is set because a shell that starts the tests in the background has SIGINT ignored
-    code = (
-        'import os, signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n'
-        'os.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n'
-    )
-    for name in ('torch.py', 'numpy.py'):
-        write(name, code, folder)
-    for name in SCRIPTS:
+    code = """if True:
+        import os, signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        def hook(event, args):
+            if event == 'import' and args[0] == {at!r}:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        sys.addaudithook(hook)
+    """
+    moments = [(name, 'numpy') for name in SCRIPTS if name != 'bench'] + [('bench', 'torch')]
+    moments += [('predict', at) for at in ('torch', 'torch._C', 'torch.nn', 'tiktoken', 'lib.runs')]
+    for name, at in moments:
+        folder = os.path.dirname(write('sitecustomize.py', code.format(at=at)))
         p = python(f'{name}.py', 'x', env={**os.environ, 'PYTHONPATH': folder})
-        assert p.returncode in (-signal.SIGINT, 130) and p.stderr == 'interrupted\n', (name, p)
+        assert (p.returncode, p.stderr) == (130, 'interrupted\n'), (name, at, p)
 
 
 def as_script(path, *argv):
