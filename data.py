@@ -23,6 +23,7 @@ import numpy as np
 
 from lib import cli, demo, download, files, tables
 from lib.files import UserError
+from lib.report import counted
 from lib.tokens import tokenize, tokenizer
 
 POLARITY = ['negative', 'positive']
@@ -215,11 +216,11 @@ def load(
     if one_pool:
         train = list(dict.fromkeys(train))  # equal rows must not be on both sides of the split
         dropped = len(rows['train']) - len(train)
-        notes += [f'{dropped:,} exact duplicates dropped'] * (dropped > 0)
+        notes += [f'{counted(dropped, "exact duplicate")} dropped'] * (dropped > 0)
     if balance:
         n, before = min(count(train, labels)), len(train)
         train = [train[i] for i in sample(train, labels, [n] * len(labels), rng)]
-        notes.append(f'balanced to {n:,} rows per class: {before - len(train):,} dropped')
+        notes.append(f'balanced to {counted(n, "row")} per class: {before - len(train):,} dropped')
     n = len(train)
     if one_pool:
         n_test = n // 5 if name == 'sms' else n // 10
@@ -230,10 +231,10 @@ def load(
         rows['val'], train = carve('val', train, n_val, labels, rng, notes)
     if max_samples:
         train = [train[i] for i in sample(train, labels, [max_samples] * len(labels), rng)]
-        notes.append(f'train cut to at most {max_samples:,} rows per class')
+        notes.append(f'train cut to at most {counted(max_samples, "row")} per class')
     texts = {text for text, _ in train}
     both = sum(text in texts for text, _ in rows['test'])
-    notes += [f'{both:,} test texts also stand in train (left as they are)'] * (both > 0)
+    notes += [f'{counted(both, "test text")} also in train (left as they are)'] * (both > 0)
     ids = {label: i for i, label in enumerate(labels)}
 
     def split(part):
@@ -265,7 +266,7 @@ def load_texts(
         raise UserError(f'{why}; at least 10 are needed, to keep one for validation')
     end = n + (max_samples or len(texts))
     train, val = ([texts[i] for i in sorted(part)] for part in (order[n:end], order[:n]))
-    return train, val, [f'val: {n:,} lines']
+    return train, val, [f'val: {counted(n, "line")}']
 
 
 def count(rows, labels):
@@ -304,7 +305,9 @@ def carve(split, rows, n, labels, rng, notes):
         why = f'{len(rows)} rows in {len(labels)} classes are too few to hold {split} rows out'
         raise UserError(f'{why}; add rows, or give --{split} FILE')
     also = f'; {len(taken) - len(kept):,} of them dropped, as their text also stands in train'
-    notes.append(f'{split}: {len(taken):,} rows held out' + also * (len(kept) < len(taken)))
+    notes.append(
+        f'{split}: {counted(len(taken), "row")} held out' + also * (len(kept) < len(taken))
+    )
     return kept, rest
 
 

@@ -25,7 +25,7 @@ from lib.files import UserError
 from lib.metrics import compare, metrics, run_metrics
 from lib.plots import figure_class, plot, read_log
 from lib.predictions import read_preds
-from lib.report import report, side_by_side
+from lib.report import counted, report, side_by_side
 
 # score() imports what needs torch: --preds runs without it
 LOADING = ('data', 'split', 'val', 'test', 'text_col', 'label_col', 'data_dir')
@@ -132,7 +132,7 @@ def score(args, out):
         run = runs.open_run(path, args.device, args.dtype, args.data_dir, args.plain)
         run.labels = info['labels']
         print(
-            f'{path}: {info["method"]}, {ds.name} {args.split}, {len(y):,} texts '
+            f'{path}: {info["method"]}, {ds.name} {args.split}, {counted(len(y), "text")} '
             f'({run.device}, {str(run.dtype)[6:]}: {run.reason})',
             file=out,
         )

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.files import UserError
+from lib.report import counted
 from model import Conv1D
 
 WRAPPER = re.compile(r'\.(base|sub)\.')  # what wrapping a layer adds to the names of its weights
@@ -98,7 +99,7 @@ def add_lora(
     blocks of these numbers alone.  -> names wrapped.  Raises UserError for a target that matches no
     layer; allow_missing: only if none matches."""
     if (top or 0) > model.cfg.n_layer:
-        raise UserError(f'--top {top}: this model has {model.cfg.n_layer} blocks')
+        raise UserError(f'--top {top}: this model has {counted(model.cfg.n_layer, "block")}')
     available = layers(model, top, blocks)
     hits = {
         t: [n for n in available if n == t.replace('transformer.', '', 1) or n.endswith('.' + t)]
@@ -167,7 +168,7 @@ def adapt(
         add_prompt(model, prompt)
     elif method == 'last':
         if not 0 < last <= model.cfg.n_layer:
-            raise UserError(f'--last {last}: this model has {model.cfg.n_layer} blocks')
+            raise UserError(f'--last {last}: this model has {counted(model.cfg.n_layer, "block")}')
         for m in (*model.h[-last:], model.ln_f):
             m.requires_grad_(True)
     if hasattr(model, 'score'):

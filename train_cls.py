@@ -38,7 +38,7 @@ from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
 from lib.interrupt import interrupted, interruptible
 from lib.metrics import metrics, softmax
 from lib.predictions import write_predictions
-from lib.report import report
+from lib.report import counted, report
 from lib.resume import load_resume, restore, save_resume
 from lib.scoring import class_logits
 from lib.tokens import tokenize, tokenizer, tokenizer_name
@@ -230,13 +230,10 @@ def test(args, ds, best):
     files.write_json(os.path.join(args.out, 'eval_results.json'), results)
     if files.WRITES:
         os.remove(os.path.join(args.out, 'resume.pt'))
-    print(
-        f'\nbest on validation: accuracy {best[0]:.4f}; test ({args.data}, {len(ds.test.y)} rows):'
-    )
+    rows = counted(len(ds.test.y), 'row')
+    print(f'\nbest on validation: accuracy {best[0]:.4f}; test ({args.data}, {rows}):')
     print(report(results, ds.labels))
-    text = summary.example(ds.test.texts[0])
-    print(f'\nsaved in {args.out}; try:\n  python predict.py {args.out} "{text}"')
-    print(f'  python eval.py {args.out}')
+    print(f'\n{summary.suggestions(args.out, ds.test.texts[0])}')
 
 
 if __name__ == '__main__':

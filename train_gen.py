@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import data
 import lora
-from lib import cli, device, files, flags, genflags, genrun, ranks, runs, summary, training
+from lib import cli, device, files, flags, genflags, genrun, ranks, runs, summary, tables, training
 from lib.classes import auc, fit_calibration
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
@@ -32,7 +32,7 @@ from lib.interrupt import interrupted, interruptible
 from lib.metrics import metrics, run_metrics, softmax
 from lib.predictions import write_predictions
 from lib.prompts import prompts_of
-from lib.report import report
+from lib.report import counted, report
 from lib.resume import restore, save_resume
 from lib.scoring import ends_here, scored_lengths, text_logprobs
 from lib.tokens import tokenize, tokenizer, tokenizer_name
@@ -180,9 +180,9 @@ class Phase:
         self.name = names.get(kind, label)
         self.log_prior = torch.from_numpy(run.log_prior).to(run.dev)
         self.model, self.read, facts = genrun.build(run, kind)
-        title = f'{self.name} ({number} of {len(run.phases)}): {len(self.rows)} rows, {self.plan}'
+        title = f'\n{self.name} ({number} of {len(run.phases)}): {counted(len(self.rows), "row")}'
         hint = '' if kind == 'posterior' else self.plan.hint(run.given)
-        print(f'\n{title}{hint}, lr {self.plan.lr:g}', *facts, sep='\n', flush=True)
+        print(f'{title}, {self.plan}{hint}, lr {self.plan.lr:g}', *facts, sep='\n', flush=True)
         if kind == 'class' and len(self.val):
             self.base_logprobs = self.val_logprobs()  # before its first step a class is the base
 
@@ -332,11 +332,10 @@ def finish(run):
     test = opened.logits(ds.test.texts, progress=True, cache=True)
     results = run_metrics(opened, test, ds.test.y, labels)[0]
     files.write_json(os.path.join(args.out, 'eval_results.json'), results)
-    print(f'\nvalidation accuracy {m["accuracy"]:.4f}; test ({args.data}, {len(ds.test.y)} rows):')
+    rows = counted(len(ds.test.y), 'row')
+    print(f'\nvalidation accuracy {m["accuracy"]:.4f}; test ({args.data}, {rows}):')
     print(report(results, labels))
-    print(f'\nsaved in {args.out}; try:')
-    print(f'  python predict.py {args.out} --explain "{summary.example(ds.test.texts[0])}"')
-    print(f'  python predict.py {args.out} --sample "{labels[0]}"\n  python eval.py {args.out}')
+    print(f'\n{summary.suggestions(args.out, ds.test.texts[0], labels[0])}')
 
 
 def main(argv=None):
@@ -360,7 +359,9 @@ def main(argv=None):
             f'best on validation: {-run.best[0]:.4f} nats per token; ' if len(run.ds.val.y) else ''
         )
         print(f'\n{score}saved in {args.out}; try:')
-        print(f'  python train_cls.py --model {args.out} --data ...')
+        lines = os.path.isfile(args.data) and not args.data.lower().endswith(tables.KINDS)
+        own = 'FILE.csv' if lines else args.data
+        print(f'  {cli.command("train_cls.py", "--model", args.out, "--data", own)}')
         return 0
     missing = ranks.from_rank_zero(lambda: genrun.missing(run))
     if missing:

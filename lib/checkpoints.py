@@ -6,6 +6,7 @@ import os
 
 from lib import demo, download, files
 from lib.files import UserError
+from lib.report import counted
 from lib.tensors import load_bin, load_safetensors, save_safetensors
 
 # fields of config.json with the values of GPT-2; any other value is another architecture
@@ -22,6 +23,7 @@ def model_folder(where, data_dir=None):
         return demo.nano_folder()
     if os.path.isdir(where):
         return where
+    where = download.SHORT.get(where, where)
     if where in download.HUB_NAMES:
         return os.path.dirname(download.weights(where, data_dir))
     names = ', '.join([*download.HUB_NAMES, 'nano'])
@@ -113,8 +115,9 @@ def guess_config(folder, tensors, where, shapes):
         if where == name or (where not in shapes and same):
             return vars(cfg)
     raise UserError(
-        f'{folder} has no config.json, and its {len(layers)} layers of width {width} match no '
-        'published GPT-2, so the number of heads is unknown; put the config.json beside the weights'
+        f'{folder} has no config.json, and its {counted(len(layers), "layer")} of width {width} '
+        'match no published GPT-2, so the number of heads is unknown; put its config.json beside '
+        'the weights'
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib import files
+from lib import cli, files
 from lib.files import UserError
 from lib.rundata import own_data
 from lib.training import log_row
@@ -44,12 +44,13 @@ def class_folder(path, info, label):
     folder = os.path.join(path, info['folders'][label])
     record = os.path.join(folder, 'class.json')
     if not os.path.isfile(record):
-        advice = f'train it with: python train_gen.py --resume --out {path}'
+        advice = f'train it with: {cli.command("train_gen.py", "--resume", "--out", path)}'
         raise UserError(f'{path} lacks the class {label!r} (no {record}); {advice}')
     sha256, wanted = files.read_object(record).get('base'), info['base']['sha256']
     if sha256 != wanted:
         problem = f'was trained on another base model (sha256 {str(sha256)[:12]}...) than the rest'
-        advice = f'train it again with: python train_gen.py --class_id "{label}" --out {path}'
+        again = cli.command('train_gen.py', f'--class_id={label}', '--out', path)
+        advice = f'train it again with: {again}'
         raise UserError(f'{folder} {problem} of the run ({str(wanted)[:12]}...); {advice}')
     return folder
 

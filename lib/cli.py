@@ -45,16 +45,10 @@ def run(main):
     sys.exit(code)
 
 
-def command(name, *words, **flags):
-    """-> a line that can be pasted into a shell, from any folder: a script of ours, words, flags
-    {name: value}; True is a flag without a value."""
-    words = [name if os.getcwd() == TOP else os.path.join(TOP, name), *words]
-    for flag, value in flags.items():
-        dashed = str(value).startswith('-')  # argparse would take it for a flag
-        words += (
-            [f'--{flag}={value}'] if dashed else [f'--{flag}', str(value)][: 2 - (value is True)]
-        )
-    return f'python {shlex.join(words)}'
+def command(name, *words):
+    """-> a line that can be pasted into a shell, in this folder: a script of ours and its words."""
+    script = name if os.path.realpath(os.getcwd()) == os.path.realpath(TOP) else f'{TOP}/{name}'
+    return f'python {shlex.join([script, *words])}'
 
 
 class Help(argparse.RawDescriptionHelpFormatter):

@@ -21,6 +21,7 @@ TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
 WEIGHTS = {f'gpt2{size}': 'openai-community' for size in ('', '-medium', '-large', '-xl')}
 WEIGHTS['distilgpt2'] = 'distilbert'
 HUB_NAMES = {name: f'{owner}/{name}' for name, owner in WEIGHTS.items()}
+SHORT = {full: name for name, full in HUB_NAMES.items()}
 GPT2 = dict(
     size=548105171, sha256='248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'
 )

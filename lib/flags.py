@@ -2,10 +2,12 @@
 Called by train_cls.py, train_gen.py and lib/genflags.py."""
 
 import argparse
+import os
 import sys
 import textwrap
 
 from lib.cli import DATA_SETS, above_zero, absolute, group, not_negative, positive, share
+from lib.download import SHORT
 from lib.files import Unavailable, UserError
 
 METHODS = dict(gen=('lora', 'full', 'prefix', 'zero_shot'))
@@ -25,6 +27,11 @@ class OldTruncate(argparse.Action):
     def __call__(self, parser, namespace, value, option=None):
         namespace.keep = dict(head='first', tail='last')[value]
         print(f'note: --truncate {value} is now --keep {namespace.keep}', file=sys.stderr)
+
+
+def model_name(text):
+    """A type for Parser: openai-community/gpt2 is gpt2, unless it is a folder."""
+    return text if os.path.isdir(text) else SHORT.get(text, text)
 
 
 def data_flags(p):
@@ -52,7 +59,7 @@ def data_flags(p):
 def model_flags(p):
     add = group(p, 'model')
     text = 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, nano (for the demo), or a folder '
-    add('--model', text + 'with a GPT-2 checkpoint', str, 'gpt2', 'NAME')
+    add('--model', text + 'with a GPT-2 checkpoint', model_name, 'gpt2', 'NAME')
     add('--scratch', 'random weights in the shape of --model', bool)
     add('--n_layer', 'blocks, with --scratch (default: of --model)', positive)
     add('--n_head', 'attention heads per block, with --scratch (default: of --model)', positive)

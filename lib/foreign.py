@@ -2,9 +2,10 @@
 lib/runfolder.py."""
 
 import os
+import shlex
 
 from lib import checkpoints, files
-from lib.download import HUB_NAMES
+from lib.download import HUB_NAMES, SHORT
 from lib.files import UserError
 from lib.peft import adapter_tensors, peft_config
 from model import SHAPES
@@ -20,7 +21,7 @@ def elsewhere(path):
         method, base, head = 'full', path, 'score.weight'
         tensors = read_checkpoint(path, config)
     else:
-        advice = f'train one with train_cls.py or train_gen.py --out {path}'
+        advice = f'train one with train_cls.py or train_gen.py --out {shlex.quote(path)}'
         raise UserError(
             f'{path} is not a run folder: it has no run.json ({advice}), and no config.json or '
             'adapter_config.json of transformers or PEFT'
@@ -63,7 +64,7 @@ def read_checkpoint(path, config):
     classifier = 'GPT2ForSequenceClassification' in str(c.get('architectures'))
     if 'score.weight' not in tensors and not classifier:
         problem = f'{path} is a language model, not a classifier (it has no score.weight)'
-        raise UserError(f'{problem}; train one on top of it with --model {path}')
+        raise UserError(f'{problem}; train one on top of it with --model {shlex.quote(path)}')
     kind = c.get('problem_type')
     if kind not in (None, 'single_label_classification'):
         raise UserError(f'{config}: problem_type is {kind!r}; here every text has one class')
@@ -106,9 +107,8 @@ def base_named(path, name):
     named = [os.path.join(path, name), name] if isinstance(name, str) and name else []
     for folder in filter(os.path.isdir, [os.path.join(path, 'base'), *named]):
         return folder
-    for short, full in HUB_NAMES.items():
-        if name in (short, full):
-            return short
+    if name in (*HUB_NAMES, *SHORT):
+        return SHORT.get(name, name)
     names = ', '.join(HUB_NAMES.values())
     raise UserError(
         f'{path}/adapter_config.json: base_model_name_or_path is {name!r}, which is no folder here '

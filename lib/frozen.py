@@ -17,6 +17,7 @@ import data
 from lib import files
 from lib.device import autocast
 from lib.files import UserError
+from lib.report import counted
 from lib.scoring import in_batches
 from lib.tensors import give_back
 
@@ -44,7 +45,7 @@ def cache(model, splits, max_length, keep, device, dtype):
     depth = frozen_depth(model)
     if not depth:
         return None
-    print(f'caching the output of the {depth} frozen blocks', flush=True)
+    print(f'caching the output of {counted(depth, "frozen block")}', flush=True)
     where = (max_length, keep, device, dtype)
     try:
         for fresh in (False, True):

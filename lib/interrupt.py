@@ -5,7 +5,7 @@ import contextlib
 import signal
 import sys
 
-from lib import ranks
+from lib import cli, ranks
 
 
 class Interrupted(KeyboardInterrupt):
@@ -57,8 +57,8 @@ def interruptible():
             signal.signal(s, handler)
 
 
-def interrupted(command, out, step, max_steps):
+def interrupted(script, out, step, max_steps):
     """Say how to resume. -> exit code"""
-    how = f'resume with: python {command} --resume --out {out}'
+    how = f'resume with: {cli.command(script, "--resume", "--out", out)}'
     print(f'\ninterrupted after step {step} of {max_steps}; {how}', file=sys.stderr)
     return 130

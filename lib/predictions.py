@@ -8,7 +8,7 @@ import numpy as np
 
 from lib import files
 from lib.files import UserError
-from lib.report import listing
+from lib.report import counted, listing
 from lib.tables import MAX_CLASSES
 
 
@@ -45,7 +45,8 @@ def read_preds(preds_path, labels_path):
     truth, items = read_items(labels_path), read_items(preds_path)
     items = [item if isinstance(item, dict) else {'label': item} for item in items]
     if len(items) != len(truth):
-        counts = f'has {len(items)} predictions but {labels_path} has {len(truth)} labels'
+        counts = f'has {counted(len(items), "prediction")} but {labels_path} has '
+        counts += counted(len(truth), 'label')
         raise UserError(f'{preds_path} {counts}: both need one item per text, in the same order')
     for i, label in enumerate(truth, 1):
         if not isinstance(label, str):

@@ -1,7 +1,12 @@
-"""Text for people: what lib/metrics.py returns as tables of at most 100 columns. Called by
-eval.py and both train scripts."""
+"""Text for people: what lib/metrics.py returns as tables of at most 100 columns, and numbers of
+things. Called by eval.py and both train scripts; counted() by all who count."""
 
 import numpy as np
+
+
+def counted(n, noun):
+    """'1 block', '2,000 rows', '3 classes'"""
+    return f'{n:,} {noun}' + ('' if n == 1 else 'es' if noun.endswith('s') else 's')
 
 
 def short(name, width):
@@ -32,8 +37,8 @@ def report(m, labels):
         lines[-1] += '   ' + before.format(**m['uncalibrated'])
     if cm.sum() < m['n']:
         lines.append(
-            f'coverage {m["coverage"]:.4f}: {m["n"] - cm.sum():,} texts got no label and count as '
-            f'wrong; accuracy on the others {np.trace(cm) / max(cm.sum(), 1):.4f}'
+            f'coverage {m["coverage"]:.4f}: {counted(m["n"] - cm.sum(), "text")} without a label, '
+            f'counted as wrong; accuracy on the others {np.trace(cm) / max(cm.sum(), 1):.4f}'
         )
     names = [short(label, 30) for label in labels]
     width = max(map(len, names + ['class']))
@@ -81,13 +86,13 @@ def side_by_side(names, results, tests):
         interval = '[{:.4f}, {:.4f}]'.format(*m['ci95'])
         lines.append(f'{name:{width}}    {m["accuracy"]:.4f} {interval}    {row.format(**m)}')
     lines.append(f'{"majority class":{width}}    {results[0]["majority_accuracy"]:.4f}')
-    lines += ['', f"McNemar's test against {names[0]}, {results[0]['n']:,} rows"]
+    lines += ['', f"McNemar's test against {names[0]}, {counted(results[0]['n'], 'row')}"]
     for name, t in zip(names[1:], tests):
         p = 'p < 0.0001' if t['p'] < 1e-4 else f'p = {t["p"]:.2g}'
         better = f'{name if t["difference"] > 0 else names[0]} is better'
         verdict = 'the difference is within noise' if t['p'] >= 0.05 else better
         interval = '[{:+.4f}, {:+.4f}]'.format(*t['ci95'])
-        rows = '{only_other_right:,} rows gained, {only_first_right:,} lost'.format(**t)
+        rows = f'{counted(t["only_other_right"], "row")} gained, {t["only_first_right"]:,} lost'
         lines.append(f'{name}: accuracy {t["difference"]:+.4f} {interval}, {rows}')
         lines.append(f'  {verdict} ({p}, {t["test"]})')
     if len(tests) > 1:

@@ -3,6 +3,7 @@ scripts, lib/genrun.py and lib/runs.py."""
 
 import itertools
 import os
+import shlex
 
 import lora
 from lib import base, checkpoints, files, ranks, summary
@@ -66,11 +67,11 @@ def read_run(path):
     """run.json of a run folder, checked. Raises UserError if the folder holds no classifier."""
     record = os.path.join(path, 'run.json')
     if not os.path.isfile(record):
-        advice = f'train one with train_cls.py or train_gen.py --out {path}'
+        advice = f'train one with train_cls.py or train_gen.py --out {shlex.quote(path)}'
         raise UserError(f'{path} is not a run folder: it has no run.json ({advice})')
     info = files.read_json(record)
     if isinstance(info, dict) and info.get('kind') == 'lm':
-        advice = f'train one on top of it with --model {path}'
+        advice = f'train one on top of it with --model {shlex.quote(path)}'
         raise UserError(f'{path} is a language model (--pretrain), not a classifier; {advice}')
     known = isinstance(info, dict) and all(k in info for k in ('labels', 'method', 'args', 'base'))
     if not known or info['method'] not in METHODS.get(str(info.get('kind', 'cls')), ()):

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 
 import data
 import lora
-from lib import fast, scoring, selfcheck
+from lib import cli, fast, scoring, selfcheck
 from lib.base import base_of, data_dir_of
 from lib.classes import class_folder
 from lib.device import autocast, pick_device, place
 from lib.files import UserError
 from lib.peft import add_filled, fill, load_peft
+from lib.report import counted
 from lib.runfolder import info_of
 from lib.tensors import load_safetensors
 from lib.tokens import tokenize, tokenizer, tokenizer_name
@@ -135,7 +136,9 @@ class Run:
         taken = front + (0 if model.prompt is None else model.prompt.shape[-2])
         length, room = info['args']['max_length'], model.cfg.block_size - taken
         if length > room:
-            problem = f'max_length {length} does not fit, the model has room for {room} tokens'
+            problem = (
+                f'max_length {length} does not fit, the model has room for {counted(room, "token")}'
+            )
             raise UserError(f'{path}/run.json: {problem} of a text')
         self.path, self.info, self.labels, self.args = path, info, info['labels'], info['args']
         self.device, self.dtype, self.reason = how.device, how.dtype, how.reason
@@ -226,7 +229,8 @@ class GenRun(Run):
         """The nats_per_token below which a fraction q of the validation texts lies."""
         quantiles = self.info.get('likelihood_quantiles')
         if not quantiles:
-            advice = f'finish its training: python train_gen.py --resume --out {self.path}'
+            how = cli.command('train_gen.py', '--resume', '--out', self.path)
+            advice = f'finish its training: {how}'
             raise UserError(f'{self.path} holds no likelihoods to compare with; {advice}')
         return float(np.interp(q, np.linspace(0, 1, 101), quantiles))
 

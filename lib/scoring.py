@@ -10,6 +10,7 @@ import data
 from lib import ranks
 from lib.device import autocast
 from lib.files import UserError
+from lib.report import counted
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def in_batches(
             except torch.OutOfMemoryError:
                 if len(index) == 1:
                     raise UserError(
-                        f'out of memory with a single text of {int(n[0])} tokens; '
+                        f'out of memory with a single text of {counted(int(n[0]), "token")}; '
                         'try a smaller --max_length or another --device'
                     ) from None
                 batch_tokens //= 2  # the results do not depend on it
@@ -49,7 +50,7 @@ def in_batches(
             start += len(index)
             if progress and ranks.rank() == 0 and sys.stderr.isatty():
                 end = '\n' if start == len(own) else ''
-                text = f'\r{start:,} of {len(own):,} texts '
+                text = f'\r{start:,} of {counted(len(own), "text")} '
                 print(text, end=end, file=sys.stderr, flush=True)
     finally:
         model.train(was_training)

@@ -1,10 +1,13 @@
 """Lines that a training run shows, and facts that it records. Called by both train scripts."""
 
 import platform
-import re
+import textwrap
 
 import numpy as np
 import torch
+
+from lib import cli
+from lib.report import counted
 
 
 def versions():
@@ -22,8 +25,8 @@ def describe(args, ds, train, cfg, place, notes=()):
     return [
         f'{args.data}: {rows} training rows; {len(ds.val.y)} validation, {len(ds.test.y)} test',
         *(f'  {note}' for note in (*ds.notes, *notes)),
-        f'{longer:.1f} % of the training texts are longer than {args.max_length} tokens; of these '
-        f'the {args.keep} {args.max_length} are read',
+        f'{longer:.1f} % of the training texts are longer than {counted(args.max_length, "token")}'
+        f'; of these the {args.keep} {args.max_length} are read',
         f'{args.model}{" (random weights)" if args.scratch else ""}: {cfg}',
         f'{device}, matmuls in {str(dtype)[6:]}: {reason}',
     ]
@@ -34,6 +37,13 @@ def flags(args, names):
     return ''.join(f', {name} {getattr(args, name)}' for name in sorted(names))
 
 
-def example(text):
-    """The start of a text, safe between the quotes of a shell."""
-    return re.sub(r'[^\w\s.,-]', '', text[:60])
+def suggestions(out, text, label=None):
+    """Commands to try on a finished run, as lines. text: one of its test texts, of which the start
+    is shown; label: a class, if the run is generative."""
+    start = ''.join(c for c in ' '.join(text.split()) if c.isprintable())
+    start = textwrap.shorten(start, 60, placeholder='') or start[:60]  # or one long word
+    words = ['--'] * start.startswith('-') + [start]
+    lines = [cli.command('predict.py', out, *['--explain'] * (label is not None), *words)]
+    if label is not None:
+        lines.append(cli.command('predict.py', out, f'--sample={label}'))
+    return '\n  '.join([f'saved in {out}; try:', *lines, cli.command('eval.py', out)])

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import files, ranks
 from lib.files import UserError
+from lib.report import counted
 
 
 class Plan:
@@ -36,7 +37,8 @@ class Plan:
     def __str__(self):
         epochs = self.max_steps / self.epoch_steps
         epochs = f'{epochs:.2f}' if epochs < 1 else f'{epochs:.1f}'
-        return f'{self.max_steps} steps of {self.step_rows} rows = {epochs} epochs'
+        steps, rows = counted(self.max_steps, 'step'), counted(self.step_rows, 'row')
+        return f'{steps} of {rows} = {epochs} epochs'
 
     def hint(self, given):
         """The flag for a whole epoch, where the default of --max_steps is shorter. given: names of

@@ -79,7 +79,7 @@ def test_imdb():
         assert 980 < len(d.val.y) <= 1000
         assert not any('<br />' in t for t in d.train.texts)
         assert any('\n' in t for t in d.train.texts)
-        assert any('test texts also stand in train' in n for n in d.notes)
+        assert any('test texts also in train' in n for n in d.notes)
         parsed = next(f for f in os.listdir(cached('imdb')) if f.endswith('.json'))
         again = data.load('imdb')
         assert again.train.texts == d.train.texts and again.val.texts == d.val.texts

@@ -194,7 +194,7 @@ def test_preds_and_labels():
     )
     m = json.loads(text)['runs'][0]  # stdout is JSON and nothing else
     assert m['nll'] is None and m['coverage'] == 2 / 3 and m['accuracy'] == 1 / 3
-    assert 'coverage 0.6667: 1 texts got no label' in tables
+    assert 'coverage 0.6667: 1 text without a label, counted as wrong' in tables
     assert 'accuracy on the others 0.5000' in tables
     text, _ = run_eval(
         ['--preds', dump([dict(items[0], label=None)] + items[1:]), '--labels', dump(truth)]
