@@ -3,6 +3,7 @@
     python eval.py runs/sst2                   the test split of the run's own data
     python eval.py runs/lora runs/head         side by side on the same rows, with McNemar's test
     python eval.py runs/lora runs/gen-lora     discriminative or generative: which is better here?
+    python eval.py runs/a* runs/b* --mean      over seeds: mean +- interval, method against method
     python eval.py runs/sst2 --test new.csv    every row of another labelled file
     python eval.py --preds preds.json --labels labels.json    the predictions of any program
 
@@ -22,10 +23,12 @@ import numpy as np
 
 from lib import cli, files
 from lib.files import UserError
-from lib.metrics import compare, metrics, run_metrics
+from lib.intervals import compare
+from lib.metrics import metrics, run_metrics
 from lib.plots import figure_class, plot, read_log
 from lib.predictions import read_preds
-from lib.report import counted, report, side_by_side
+from lib.report import counted, means_table, report, side_by_side
+from lib.seeds import by_method, by_seed
 
 # score() imports what needs torch: --preds runs without it
 LOADING = ('data', 'split', 'val', 'test', 'text_col', 'label_col', 'data_dir')
@@ -49,6 +52,8 @@ def parse(argv):
     add('--text_col', 'text column of --data or --test (default: guessed)', metavar='NAME')
     add('--label_col', 'label column of --data or --test (default: guessed)', metavar='NAME')
     add('--data_dir', "search here before the cache (default: the run's)", metavar='DIR')
+    add = cli.group(p, 'several seeds')
+    add('--mean', 'runs that differ in --seed alone are one method: means, methods compared', bool)
     add = cli.group(p, 'generative runs')
     add('--calibrated', "predict by the calibrated probabilities instead of Bayes' rule", bool)
     add = cli.group(p, 'output')
@@ -70,7 +75,7 @@ def check(args, given):
         raise UserError('give either run folders or --preds with --labels, and not both')
     if bool(args.preds) != bool(args.labels):
         raise UserError('--preds and --labels go together: a file of predictions, one of labels')
-    for flag in (*LOADING, *SCORING):
+    for flag in (*LOADING, *SCORING, 'mean'):
         if args.preds and flag in given:
             raise UserError(
                 f'--{flag} has no meaning with --preds, which loads no data and no model: remove it'
@@ -118,12 +123,13 @@ def load(args, infos):
 
 def score(args, out):
     """Every run on the same rows
-    -> data set, label names, y (N,), run_metrics() of each run."""
+    -> data set, label names, y (N,), run_metrics() of each run, by_method() if --mean."""
     from lib import runs
     from lib.rundata import match_labels, own_data
     from lib.runfolder import info_of
 
     infos = [info_of(path) for path in args.run]
+    groups = by_method(args.run, infos) if args.mean else None
     ds = load(args, infos)
     split, first = getattr(ds, args.split), infos[0]
     texts, y = split.texts, match_labels(args.run, infos, ds, split.y, out)
@@ -154,7 +160,7 @@ def score(args, out):
                 'a smaller --lr'
             )
         every.append(run_metrics(run, logits, y, first['labels'], args.calibrated))
-    return ds, first['labels'], y, every
+    return ds, first['labels'], y, every, groups
 
 
 def main(argv=None):
@@ -166,11 +172,17 @@ def main(argv=None):
         results = [metrics(probs, y, labels, pred=pred)]
         source = dict(data=args.labels, split=None)
     else:
-        ds, labels, y, scored = score(args, out)
+        ds, labels, y, scored, groups = score(args, out)
         names, (results, every, preds) = args.run, zip(*scored)
-        tests = [compare(preds[0] == y, pred == y) for pred in preds[1:]]
+        right = [pred == y for pred in preds]
+        tests = [] if groups else [compare(right[0], other) for other in right[1:]]
         source = dict(data=ds.name, split=args.split)
-    print(side_by_side(names, results, tests) if tests else report(results[0], labels), file=out)
+    several = len(names) > 1
+    print(side_by_side(names, results, tests) if several else report(results[0], labels), file=out)
+    if args.mean:
+        methods, tested = by_seed(groups, names, results, right)
+        print(means_table(methods, tested), file=out)
+        source.update(methods=methods, method_comparisons=tested)
 
     if len(args.run) == 1 and args.split == 'test' and not given & {'data', 'test', *SCORING}:
         files.write_json(os.path.join(args.run[0], 'eval_results.json'), results[0])

@@ -22,6 +22,7 @@ if TOP not in sys.path:
 import data
 from lib import cli, files, tokens
 from lib.files import UserError
+from lib.intervals import mean_interval
 from lib.workload import write_rows
 
 SHAPE = '--scratch --n_layer 2 --n_head 4 --n_embd 128 --block_size 128'.split()
@@ -95,14 +96,10 @@ def curves(name, seeds, base=None):
                 print(json.dumps(rows[-1]), flush=True)
     for size in (100, 1000, 'all'):
         found = {m: [100 * r[m] for r in rows if r['size'] == size] for m in METHODS}
-        cells = [f'{m} {np.mean(x):.2f} +- {interval(x):.2f}' for m, x in found.items()]
+        means = {m: mean_interval(x) for m, x in found.items()}  # 95 %, Student's t
+        cells = [f'{m} {mean:.2f} +- {half or math.nan:.2f}' for m, (mean, half) in means.items()]
         print(f'{size} rows per class: ' + ', '.join(cells))
     return rows
-
-
-def interval(x):
-    """Half of the 95 % interval of a mean over three seeds (Student's t, 2 degrees of freedom)."""
-    return 4.303 * np.std(x, ddof=1) / math.sqrt(len(x)) if len(x) == 3 else math.nan
 
 
 def run(args):

@@ -5,6 +5,8 @@ import math
 
 import numpy as np
 
+from lib.intervals import wilson
+
 
 def divide(a, b):
     """a / b of arrays, 0 where b is 0 (scikit-learn's zero_division=0)."""
@@ -27,7 +29,7 @@ def reliability(probs, y, bins=15):
     return count, mean, accuracy
 
 
-def metrics(probs, y, labels, seed=0, pred=None):
+def metrics(probs, y, labels, pred=None):
     """All numbers about one set of predictions, as a dict for JSON.
 
     probs (N, K), or None if only labels were predicted (then nll, brier and ece are None);
@@ -40,9 +42,7 @@ def metrics(probs, y, labels, seed=0, pred=None):
                 twice the one-sided score
     ece         expected calibration error of the top class, 15 bins of equal width (Guo et al.
                 2017, arXiv 1706.04599)
-    ci95        95 % percentile bootstrap interval of the accuracy. The number right among n
-                resampled rows is Binomial(n, accuracy): drawn 10,000 times instead of the rows.
-                A point at accuracy 0 or 1.
+    ci95        95 % interval of the accuracy (Wilson 1927)
     majority_accuracy   of always answering the most frequent class in y
     coverage    fraction of texts with an answer
     confusion   rows = truth, columns = prediction, in the order of labels; without unanswered texts
@@ -56,12 +56,11 @@ def metrics(probs, y, labels, seed=0, pred=None):
     confusion = np.bincount(y[answered] * k + pred[answered], minlength=k * k).reshape(k, k)
     support = np.bincount(y, minlength=k)
     m, per_class = scores(confusion, support, labels)
-    draws = np.random.default_rng(seed).binomial(n, m['accuracy'], 10000) / n
     m.update(dict(nll=None, brier=None, ece=None) if probs is None else quality(probs, y))
     m.update(
         n=n,
         majority_accuracy=float(support.max() / n),
-        ci95=np.percentile(draws, [2.5, 97.5]).tolist(),
+        ci95=wilson(int(np.trace(confusion)), n),
         coverage=float(answered.mean()),
         per_class=per_class,
         confusion=confusion.tolist(),
@@ -117,25 +116,3 @@ def run_metrics(run, logits, y, labels, calibrated=False):
     m, raw = metrics(probs, y, labels, pred=pred), metrics(softmax(logits), y, labels)
     m['uncalibrated'] = {key: raw[key] for key in ('nll', 'brier', 'ece')}
     return m, probs, pred
-
-
-def compare(first, other, seed=0):
-    """Is `other` better than `first`? Two bool arrays (N,) over the same rows: which rows each of
-    them got right.
-
-    McNemar's test on the rows that only one got right: exact binomial below 25 such rows, else
-    chi-squared with continuity correction. ci95: paired bootstrap interval of the accuracy
-    difference. A resampled row is of one of three kinds (only first right, only other right, the
-    rest), so their counts are Multinomial: drawn 10,000 times instead of the rows."""
-    n, a, b = len(first), int((first & ~other).sum()), int((other & ~first).sum())
-    if a + b < 25:
-        tail = sum(math.comb(a + b, i) for i in range(min(a, b) + 1)) / 2 ** (a + b)
-        test, p = 'exact binomial', min(1.0, 2 * tail)
-    else:
-        chi2 = max(abs(a - b) - 1, 0) ** 2 / (a + b)
-        test, p = 'chi-squared', math.erfc(math.sqrt(chi2 / 2))  # upper tail, 1 degree of freedom
-    draws = np.random.default_rng(seed).multinomial(n, [a / n, b / n, (n - a - b) / n], 10000)
-    ci95 = np.percentile((draws[:, 1] - draws[:, 0]) / n, [2.5, 97.5]).tolist()
-    return dict(
-        difference=(b - a) / n, ci95=ci95, only_first_right=a, only_other_right=b, test=test, p=p
-    )

@@ -86,16 +86,47 @@ def side_by_side(names, results, tests):
         interval = '[{:.4f}, {:.4f}]'.format(*m['ci95'])
         lines.append(f'{name:{width}}    {m["accuracy"]:.4f} {interval}    {row.format(**m)}')
     lines.append(f'{"majority class":{width}}    {results[0]["majority_accuracy"]:.4f}')
-    lines += ['', f"McNemar's test against {names[0]}, {counted(results[0]['n'], 'row')}"]
+    if tests:
+        lines += ['', f"McNemar's test against {names[0]}, {counted(results[0]['n'], 'row')}"]
+    return '\n'.join(lines + verdicts(names, tests))
+
+
+def means_table(methods, tests):
+    """Means over the runs of each method (lib/seeds.py), then each method against the first."""
+    names = [short(m['method'], 60) for m in methods]
+    heads = ('accuracy', 'macro F1', 'MCC', 'NLL', 'ECE')
+    lines = ['', 'mean +- 95 % t interval over the seeds, on these rows']
+    lines += [' ' * 8 + ''.join(f'{head:18}' for head in heads).rstrip()]
+    for name, m in zip(names, methods):
+        cells = []
+        for x in m['means'].values():
+            half = '' if x['half'] is None else f' +- {x["half"]:.4f}'
+            cells.append(f'{x["mean"]:.4f}{half}')
+        n = len(m['runs'])
+        lines += [f'{name}: {n} runs' if n > 1 else f'{name}: one run, so no interval']
+        lines += [' ' * 8 + ''.join(f'{cell:18}' for cell in cells).rstrip()]
+    if tests:
+        lines += ['', f'against {names[0]}']
+    return '\n'.join(lines + verdicts(names, tests))
+
+
+def verdicts(names, tests):
+    """Each of names[1:] against the first, by its test: two lines each. None: not tested."""
+    lines = []
     for name, t in zip(names[1:], tests):
+        if t is None:
+            lines.append(f'{name}: not tested, which takes two runs of either method')
+            continue
         p = 'p < 0.0001' if t['p'] < 1e-4 else f'p = {t["p"]:.2g}'
         better = f'{name if t["difference"] > 0 else names[0]} is better'
         verdict = 'the difference is within noise' if t['p'] >= 0.05 else better
-        interval = '[{:+.4f}, {:+.4f}]'.format(*t['ci95'])
-        rows = f'{counted(t["only_other_right"], "row")} gained, {t["only_first_right"]:,} lost'
-        lines.append(f'{name}: accuracy {t["difference"]:+.4f} {interval}, {rows}')
+        interval, rows = '[{:+.4f}, {:+.4f}]'.format(*t['ci95']), ''
+        if 'only_other_right' in t:
+            gained = counted(t['only_other_right'], 'row')
+            rows = f', {gained} gained, {t["only_first_right"]:,} lost'
+        lines.append(f'{name}: accuracy {t["difference"]:+.4f} {interval}{rows}')
         lines.append(f'  {verdict} ({p}, {t["test"]})')
     if len(tests) > 1:
         bound = f'p < {0.05 / len(tests):.2g}'
         lines.append(f'({len(tests)} tests: with Bonferroni correction, significant at {bound})')
-    return '\n'.join(lines)
+    return lines

@@ -44,7 +44,7 @@ def test_metrics_by_hand():
     assert close(m['nll'], -(np.log(0.9) + np.log(0.6) + np.log(0.7) + np.log(0.2)) / 4)
     assert close(m['brier'], 2 * (0.1**2 + 0.4**2 + 0.3**2 + 0.8**2) / 4)
     assert close(m['ece'], (0.1 + 0.4 + 0.3 + 0.8) / 4)  # four bins of one row each
-    assert m['ci95'] == [0.25, 1.0]  # Binomial(4, 3/4): P(0) 0.4 %, P(1) 4.7 %
+    assert close(m['ci95'], [0.3006418, 0.9544127], 1e-6)  # Wilson
     assert m['coverage'] == 1.0
     json.dumps(m, allow_nan=False)
 
@@ -57,7 +57,7 @@ def test_metrics_corners():
     m = lib.metrics.metrics(
         np.eye(2)[[0, 0, 0]], [0, 0, 0], ['a', 'b']
     )  # one class in y, all right
-    assert m['accuracy'] == 1 and m['ci95'] == [1, 1] and m['mcc'] == 0 and m['nll'] == 0
+    assert m['accuracy'] == 1 and m['ci95'][0] < 0.5 and m['mcc'] == 0 and m['nll'] == 0
     assert m['macro_f1'] == 1
     m = lib.metrics.metrics(None, [0, 1, 1], ['a', 'b'], pred=[0, 1, 0])
     assert m['nll'] is m['brier'] is m['ece'] is None and close(m['accuracy'], 2 / 3)
@@ -121,36 +121,6 @@ def test_ece():
     )
     count, top, right = reliability(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([0, 1]))
     assert count.sum() == 2 and count[14] == 1 and count[7] == 1 and top[14] == 1 and right[7] == 0
-
-
-def test_mcnemar():
-    def pair(a, b, rest=50):  # a: only first right, b: only other right
-        first = np.array([1] * a + [0] * b + [1] * rest, bool)
-        other = np.array([0] * a + [1] * b + [1] * rest, bool)
-        return lib.metrics.compare(first, other)
-
-    t = pair(1, 9)
-    assert close(t['p'], 2 * (1 + 10) / 1024) and t['test'] == 'exact binomial'
-    assert close(t['difference'], 8 / 60) and t['ci95'][0] < 8 / 60 < t['ci95'][1]
-    assert (t['only_first_right'], t['only_other_right']) == (1, 9)
-    assert pair(0, 0)['p'] == 1 and pair(5, 5)['p'] == 1 and close(pair(0, 6)['p'], 2 / 64)
-    t = pair(121, 59)  # a textbook example
-    assert t['test'] == 'chi-squared' and close(t['p'], 5.450e-6, 1e-3) and t['ci95'][1] < 0
-    assert close(pair(40, 60)['p'], 0.0574, 1e-3)  # chi2 = 19^2 / 100 = 3.61
-    assert pair(30, 30)['p'] == 1  # the correction must not turn 0 into 1 / 60
-
-
-def test_bootstrap_interval():
-    rng, n, true, inside = np.random.default_rng(0), 200, 0.8, 0
-    for i in range(300):  # about 95 % of all intervals hold the truth
-        y = (rng.random(n) >= true).astype(int)
-        m = lib.metrics.metrics(None, y, ['a', 'b'], seed=i, pred=np.zeros(n, int))
-        inside += m['ci95'][0] <= true <= m['ci95'][1]
-    assert 0.90 <= inside / 300 <= 0.985, inside
-    half = 1.96 * np.sqrt(m['accuracy'] * (1 - m['accuracy']) / n)
-    assert close(m['ci95'], [m['accuracy'] - half, m['accuracy'] + half], 0.02)
-    again = lib.metrics.metrics(None, y, ['a', 'b'], seed=299, pred=np.zeros(n, int))
-    assert again['ci95'] == m['ci95']  # seeded
 
 
 def test_report_fits():
