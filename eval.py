@@ -164,6 +164,7 @@ def score(args, out):
 
 
 def main(argv=None):
+    """-> what --json writes"""
     args, given = parse(argv)
     out = sys.stderr if args.json == '-' else sys.stdout
     if args.preds:
@@ -191,14 +192,14 @@ def main(argv=None):
         logs = [read_log(path) if os.path.isfile(path) else {} for path in paths]
         for path in plot(args.plot, names, labels, y, every, results, logs):
             print(f'wrote {path}', file=out)
-    if args.json:
-        tested = [dict(t, run=name, against=names[0]) for name, t in zip(names[1:], tests)]
-        scores = [dict(m, run=name) for name, m in zip(names, results)]
-        numbers = dict(source, labels=labels, runs=scores, comparisons=tested)
-        if args.json == '-':
-            print(json.dumps(numbers, indent=2))
-        else:
-            files.write_json(args.json, numbers)
+    tested = [dict(t, run=name, against=names[0]) for name, t in zip(names[1:], tests)]
+    scores = [dict(m, run=name) for name, m in zip(names, results)]
+    numbers = dict(source, labels=labels, runs=scores, comparisons=tested)
+    if args.json == '-':
+        print(json.dumps(numbers, indent=2))
+    elif args.json:
+        files.write_json(args.json, numbers)
+    return numbers
 
 
 if __name__ == '__main__':

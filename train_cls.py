@@ -101,6 +101,8 @@ def load(args, given, saved):
 
 
 def main(argv=None):
+    """-> dict(out, val, test): run folder, results on the validation rows, metrics() of the test;
+    an exit code if interrupted."""
     args, given, saved = parse(argv)
     dev, dtype, reason = device.pick_device(args.device, args.dtype)
     check_graphs(args, dev)
@@ -219,7 +221,7 @@ def main(argv=None):
     model = net = params = opt = state = graphs = feed = read = saved = batch = part_loss = None
     gc.collect()  # the test needs their memory
     ranks.barrier()
-    test(args, ds, best)
+    return test(args, ds, best)
 
 
 def test(args, ds, best):
@@ -234,6 +236,7 @@ def test(args, ds, best):
     print(f'\nbest on validation: accuracy {best[0]:.4f}; test ({args.data}, {rows}):')
     print(report(results, ds.labels))
     print(f'\n{summary.suggestions(args.out, ds.test.texts[0])}')
+    return dict(out=args.out, val=run.info['results'], test=results)
 
 
 if __name__ == '__main__':

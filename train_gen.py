@@ -336,9 +336,12 @@ def finish(run):
     print(f'\nvalidation accuracy {m["accuracy"]:.4f}; test ({args.data}, {rows}):')
     print(report(results, labels))
     print(f'\n{summary.suggestions(args.out, ds.test.texts[0], labels[0])}')
+    return dict(out=args.out, val=info['results'], test=results)
 
 
 def main(argv=None):
+    """-> dict(out, val, test): run folder, results on the validation rows, metrics() of the test
+    (out alone where there is no test yet); an exit code if interrupted."""
     args, given, saved = parse(argv)
     dev, dtype, reason = device.pick_device(args.device, args.dtype)
     check_graphs(args, dev)
@@ -362,12 +365,12 @@ def main(argv=None):
         lines = os.path.isfile(args.data) and not args.data.lower().endswith(tables.KINDS)
         own = 'FILE.csv' if lines else args.data
         print(f'  {cli.command("train_cls.py", "--model", args.out, "--data", own)}')
-        return 0
+        return dict(out=args.out)
     missing = ranks.from_rank_zero(lambda: genrun.missing(run))
     if missing:
         how = 'train each with --class_id, or all with --resume'
         print(f'\nsaved in {args.out}; it lacks the classes {", ".join(missing)}: {how}')
-        return 0
+        return dict(out=args.out)
     run.model = saved = state = None
     gc.collect()
     return finish(run)

@@ -28,7 +28,7 @@ def run(main):
     try:
         if signal.getsignal(signal.SIGINT) is start.end_quietly:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = main()
+        code = exit_code(main())
         sys.stdout.flush()  # notices a closed pipe here, not while Python shuts down
     except UserError as e:
         # a broken file's names may hold control characters
@@ -63,6 +63,11 @@ class Help(argparse.RawDescriptionHelpFormatter):
         if silent or not action.option_strings or 'default' in text:
             return text
         return f'{text} (default: {format(value, "g") if type(value) is float else value})'
+
+
+def exit_code(value):
+    """What main() returned, an exit code, results or nothing -> exit code"""
+    return value if isinstance(value, int) else 0
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ Called by both train scripts."""
 import contextlib
 import signal
 import sys
+import threading
 
 from lib import cli, ranks
 
@@ -46,8 +47,10 @@ class Interrupt:
 def interruptible():
     """Inside, Ctrl-C and SIGTERM set `requested` of the Interrupt that it yields, and the loop
     ends after its step. An evaluation that is interrupted ends the body."""
-    interrupt = Interrupt()
-    before = {s: signal.signal(s, interrupt.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    interrupt, signals = Interrupt(), (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        signals = ()  # Python delivers signals to the main thread alone
+    before = {s: signal.signal(s, interrupt.note) for s in signals}
     try:
         yield interrupt
     except Interrupted:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lib import files
+from lib import cli, files
 from lib.files import UserError
 
 LOST = re.compile(  # what gloo and NCCL say when another process is gone
@@ -40,7 +40,7 @@ def under_torchrun(main):
         if me:
             sys.stdout = open(os.devnull, 'w')
         try:
-            code = main() or 0
+            code = cli.exit_code(main())
             wait_for_all(store, me, n)
         except KeyboardInterrupt:
             code = 130

@@ -33,6 +33,7 @@ import lora
 import train_cls
 import train_gen
 from lib import checkpoints
+from lib.cli import exit_code
 from lib.files import read_json, sha256_file, write_json
 from lib.metrics import softmax
 from lib.runs import open_run
@@ -359,7 +360,7 @@ def script(main, argv):
     """main(argv) with its output captured -> (exit code, stdout, stderr)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main([str(a) for a in argv])
+        code = exit_code(main([str(a) for a in argv]))
     return code, out.getvalue(), err.getvalue()
 
 

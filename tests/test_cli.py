@@ -1,21 +1,25 @@
 """lib/cli.py, and the scripts as a user runs them."""
 
 import argparse
+import asyncio
 import contextlib
 import io
 import os
 import runpy
 import subprocess
 import sys
+import threading
 
 import torch
 
 import data
+import eval as evaluation
 import lib.training
 import train_cls
 import train_gen
-from lib.cli import Parser, above_zero, positive
-from lib.files import UserError
+from lib import cli
+from lib.cli import Parser, above_zero, exit_code, positive
+from lib.files import UserError, read_json
 from lib.runfolder import free_folder
 from tests.helpers import (
     SCRATCH,
@@ -328,3 +332,52 @@ def test_loops_of_both_scripts_take_the_same_steps():
     assert [(r['step'], r.get('lr'), r.get('pad_share')) for r in a] == [
         (r['step'], r.get('lr'), r.get('pad_share')) for r in b
     ]
+
+
+class Notebook(io.TextIOBase):
+    """A stdout like that of a notebook: no reconfigure, no terminal."""
+
+    def write(self, text):
+        return len(text)
+
+
+def in_thread(main, argv):
+    """What main(argv) returns or raises, called as in a notebook's thread: an event loop runs, and
+    there is no sys.argv."""
+    box = []
+
+    async def call():
+        try:
+            box.append(main(argv))
+        except Exception as e:
+            box.append(e)
+
+    stdout, given = sys.stdout, sys.argv
+    sys.stdout = Notebook()
+    del sys.argv
+    try:
+        thread = threading.Thread(target=lambda: asyncio.run(call()))
+        thread.start()
+        thread.join()
+    finally:
+        sys.stdout, sys.argv = stdout, given
+    assert not isinstance(box[0], Exception), box[0]
+    return box[0]
+
+
+def test_main_returns_results_in_a_thread():
+    """The mains return what they write, in a thread and without what a notebook lacks; as a script
+    they end with exit code 0."""
+    for main, flags in ((train_cls.main, TINY), (train_gen.main, [*TINY, '--max_steps', '4'])):
+        out = os.path.join(tmp(), 'run')
+        found = in_thread(main, [*flags, '--out', out])
+        assert found['out'] == out and found['test']['n'] == 200
+        assert found['test'] == read_json(os.path.join(out, 'eval_results.json'))
+        assert found['val'] == read_json(os.path.join(out, 'run.json'))['results']
+        scored = in_thread(evaluation.main, [out])['runs'][0]
+        assert scored['run'] == out and scored['confusion'] == found['test']['confusion']
+    assert [exit_code(x) for x in (found, None, 0, 130)] == [0, 0, 0, 130]
+    with patched(sys, 'exit', lambda code: box.append(code)):
+        box = []
+        cli.run(lambda: found)
+    assert box == [0]
