@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lib.checkpoints import NAMES
 from lib.files import UserError
 from lib.report import counted
 from model import Conv1D
@@ -159,7 +160,8 @@ def adapt(
     """Freeze what is frozen and add what is added for a method of the training scripts.
     -> names of the wrapped layers"""
     wrapped = []
-    model.requires_grad_(method in ('full', 'pretrain', 'prefix'))  # what is added below trains
+    for name, p in model.named_parameters():  # with every method: what an edit added to GPT-2
+        p.requires_grad_(method in ('full', 'pretrain', 'prefix') or not NAMES.fullmatch(name))
     if method == 'lora':
         wrapped = add_lora(model, r, alpha, dropout, targets, top=top)
     elif method == 'adapter':
@@ -212,11 +214,14 @@ def plain_name(name):
 
 
 def trained_state(model):
-    """{plain name: tensor} of the GPT-2 weights that are exact in the model: all but those that
-    device.place rounded, which never train. {**read, **trained_state(model)} is what is saved."""
-    state = {plain_name(n): t for n, t in model.state_dict().items()}
-    added = re.compile(r'.*\.(A|B|down\.\w+|up\.\w+)|prompt')
-    return {n: t for n, t in state.items() if t.dtype == torch.float32 and not added.fullmatch(n)}
+    """{plain name: tensor} of the weights that are exact in the model, but those of LoRA, adapters
+    and prompt: all but those that device.place rounded, which never train. {**read,
+    **trained_state(model)} is what is saved."""
+    wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, (LoRA, Adapter))]
+    added = {f'{name}.{n}' for name, m in wrappers for n, _ in m.named_parameters()}
+    added = {n for n in added if not WRAPPER.search(n)} | {'prompt'}
+    state = {n: t for n, t in model.state_dict().items() if n not in added}
+    return {plain_name(n): t for n, t in state.items() if t.dtype == torch.float32}
 
 
 def merge(model):

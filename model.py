@@ -45,6 +45,8 @@ class Embedding(nn.Embedding):
 class Head(nn.Linear):
     def reset_parameters(self):
         """No random init, like Embedding."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Conv1D(nn.Module):
@@ -220,18 +222,16 @@ class GPT(nn.Module):
             if isinstance(m, MLP):
                 m.resid_drop.p = p
 
-    def init_weights(self, generator=None):
+    def init_weights(self, generator=None, only=None):
         """Draw random weights as GPT-2 does: normal with std 0.02, residual projections divided by
-        sqrt(2 n_layer), biases 0. -> self"""
-        for name, p in self.named_parameters():
-            if name.endswith('bias'):
-                nn.init.zeros_(p)
-            elif '.ln_' in name or name.startswith('ln_'):
-                nn.init.ones_(p)
-            else:
-                residual = name.endswith('c_proj.weight')
-                std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if residual else 0.02
-                nn.init.normal_(p, 0.0, std, generator=generator)
+        sqrt(2 n_layer), biases 0. LayerNorms, and whatever else an edit adds, start as their
+        classes say. only: names of the weights to draw (default: all). -> self"""
+        for name, m in self.named_modules():
+            if isinstance(m, (Conv1D, Embedding, Head)) and (not only or f'{name}.weight' in only):
+                std = 0.02 / math.sqrt(2 * self.cfg.n_layer) if name.endswith('c_proj') else 0.02
+                nn.init.normal_(m.weight, 0.0, std, generator=generator)
+                if getattr(m, 'bias', None) is not None:
+                    nn.init.zeros_(m.bias)
         return self
 
     @classmethod
@@ -240,8 +240,9 @@ class GPT(nn.Module):
         not) or pytorch_model.bin. -> GPT in float32; the weights are memory-mapped, read lazily.
 
         num_labels: rows of the class head, 0 = none.  new_head: draw a fresh head (std 0.02) even
-        if the file has one.  Raises UserError that lists every tensor that is missing, unexpected
-        or of the wrong shape; never loads partially."""
+        if the file has one; parameters that an edit of this file adds to GPT-2 then start as their
+        classes say, unless the file has them.  Raises UserError that lists every tensor that is
+        missing, unexpected or of the wrong shape; never loads partially."""
         folder = checkpoints.model_folder(where, data_dir)
         tensors = checkpoints.folder_tensors(folder)
         if new_head or not num_labels:
@@ -251,7 +252,14 @@ class GPT(nn.Module):
             model = cls(cfg, num_labels)
         if num_labels and new_head:
             tensors['score.weight'] = torch.empty(num_labels, cfg.n_embd).normal_(0.0, 0.02)
-        shapes = {name: p.shape for name, p in model.named_parameters()}
+        named = dict([*model.named_parameters(), *model.named_buffers()])
+        added = {n for n in named if n not in tensors and not checkpoints.NAMES.fullmatch(n)}
+        added -= set() if new_head else dict(model.named_parameters()).keys()
+        shapes = {n: t.shape for n, t in named.items() if n not in added}
         check_tensors(tensors, shapes, f'{folder} does not hold a GPT-2 of {cfg}')
-        model.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=True, assign=True)
+        tensors = {n: t.float() for n, t in tensors.items()}
+        if added:
+            model = cls(cfg, num_labels).init_weights(only=added)
+            tensors.update({n: t for n, t in model.state_dict().items() if n in added})
+        model.load_state_dict(tensors, strict=True, assign=True)
         return model.requires_grad_(True)  # assign=True took over the flags of plain tensors

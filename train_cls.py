@@ -113,7 +113,8 @@ def main(argv=None):
     options = args.last, args.r, args.alpha, args.dropout, args.targets
     wrapped = lora.adapt(model, args.method, *options, args.bottleneck, args.prompt, args.top)
     model.set_dropout(args.trunk_dropout)
-    info, facts = runfolder.begin(args, ds, model, read, saved), lora.describe(model, wrapped)
+    info = runfolder.begin(args, ds, model, read, saved)
+    facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method)
     device.place(model, dev, dtype)
     if not args.plain:  # the same numbers, sooner; may be deleted
         token_ids = np.append(train.flat, model.end) if args.full else None

@@ -20,7 +20,8 @@ def build_model(args, num_labels=0):
     weights in the shape that the flags name."""
     torch.manual_seed(args.seed)
     if not args.scratch:
-        return GPT.from_pretrained(args.model, num_labels, new_head=True, data_dir=args.data_dir)
+        trains = args.method != 'zero_shot'
+        return GPT.from_pretrained(args.model, num_labels, new_head=trains, data_dir=args.data_dir)
     if args.model not in SHAPES:
         names = ', '.join(SHAPES)
         raise UserError(f'--scratch needs a shape by name ({names}), not {args.model}')

@@ -3,6 +3,7 @@ Called by model.py, lib/base.py, lib/foreign.py, lib/runfolder.py and lib/export
 
 import hashlib
 import os
+import re
 
 from lib import demo, download, files
 from lib.files import UserError
@@ -13,6 +14,11 @@ from lib.tensors import load_bin, load_safetensors, save_safetensors
 GPT2 = dict(model_type='gpt2', activation_function='gelu_new', layer_norm_epsilon=1e-5)
 GPT2.update(n_inner=None, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
 GPT2.update(add_cross_attention=False, tie_word_embeddings=True)
+# names of GPT-2's weights and of the class head; others come from an edit of model.py
+NAMES = re.compile(
+    r'(wte|wpe|score)\.weight|'
+    r'(ln_f|h\.\d+\.(ln_[12]|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))\.(weight|bias)'
+)
 SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
 
 

@@ -39,6 +39,10 @@ def export(path, folder, data_dir=None):
             if why := merge_error(model):
                 raise UserError(f'{path} cannot be merged: LoRA is not W + scale B A ({why})')
             state, part = lora.merged_state(model, index), os.path.join(temp, name)
+            known = dict(model.named_buffers())
+            if odd := [n for n in state if n not in known and not checkpoints.NAMES.fullmatch(n)]:
+                problem = f'{odd[0]} is from an edit of model.py or lora.py'
+                raise UserError(f'{path} cannot be exported: {problem}, unknown to transformers')
             checkpoints.save_hf(part, model.cfg, state, run.labels if run.kind == 'cls' else None)
             for file, content in written.items():
                 files.write_atomic(os.path.join(part, file), content)

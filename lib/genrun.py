@@ -40,7 +40,8 @@ def base_model(args):
         with files.locked(args.out):  # the process of another class may be writing it
             complete = os.path.isfile(os.path.join(stored, 'config.json'))  # written last
             if complete or os.path.isdir(stored) and os.path.isfile(record):
-                return GPT.from_pretrained(stored)
+                torch.manual_seed(args.seed)
+                return GPT.from_pretrained(stored, new_head=True)
     return base.build_model(args)
 
 
@@ -72,7 +73,11 @@ def begin(run, saved):
     run.phases = plan_phases(run, saved)
     with torch.device('meta'):  # checks --targets before the run has a folder
         options = args.r, args.alpha, args.dropout, args.targets
-        lora.adapt(GPT(run.cfg), args.method, 0, *options, top=args.top)
+        outline = GPT(run.cfg)
+        lora.adapt(outline, args.method, 0, *options, top=args.top)
+    if args.posterior_steps and args.method == 'lora' and (more := peft.extras(outline)):
+        problem = f'each class trains its own {next(iter(more))}, added by an edit'
+        raise UserError(f'{problem}, so --posterior_steps cannot hold all classes in one model')
     files.make_folder(args.out)
 
     def base_info():
@@ -189,7 +194,7 @@ def build(run, kind):
     model.set_dropout(args.trunk_dropout)
     trained, total = lora.count(model)
     run.info['parameters'] = dict(trainable=trained, total=total)
-    lines = lora.describe(model, wrapped)
+    lines = lora.describe(model, wrapped) + runfolder.notes(model, args.method)
     device.place(model, run.dev, run.dtype)
     if not args.plain:
         fast.speed_up(model, run.dev, run.dtype, pack=not args.compile)

@@ -10,12 +10,14 @@ import torch
 
 import lora
 from lib import files
+from lib.checkpoints import NAMES
 from lib.files import UserError
 from lib.tensors import check_tensors, load_bin, load_safetensors, save_safetensors
 from lora import LoRA
 from model import GPT
 
 PREFIX = 'base_model.model.transformer.'
+EXTRA = 'extra.safetensors'  # beside the adapter: what PEFT has no place for
 REGEX_SECONDS = 5  # for a regular expression of target_modules; 0.1 s are usual
 # fields of a LoraConfig that are read, or do not change what the adapter computes; any other one
 # that is set is refused
@@ -54,6 +56,11 @@ def save_peft(folder, model, base_name, index=None):
     if index is not None:
         tensors = {key: t[index] for key, t in tensors.items()}
     save_safetensors(os.path.join(folder, 'adapter_model.safetensors'), tensors)
+    more = {n: p.detach().float() for n, p in extras(model).items()}
+    # with classes, the weights of the one base are saved apart, and LoRA's are all in `tensors`
+    assert index is None or not any(isinstance(m, LoRA) for m in model.modules()) or not more
+    if more and index is None:
+        save_safetensors(os.path.join(folder, EXTRA), more)
     files.write_json(os.path.join(folder, 'adapter_config.json'), config)
 
 
@@ -66,6 +73,13 @@ def peft_names(model):
     else:
         names, head = {'prompt_embeddings': 'prompt'}, 'base_model.score.weight'
     return {**names, head: 'score.weight'} if hasattr(model, 'score') else names
+
+
+def extras(model):
+    """{name: parameter} of what trains and has no place in a PEFT folder: what an edit of model.py
+    or lora.py added, or does not freeze."""
+    places = set(peft_names(model).values())
+    return {n: p for n, p in lora.trainables(model).items() if n not in places}
 
 
 # --- reading ---
@@ -86,6 +100,8 @@ def load_peft(folder, model, classes=0):
             problem = f'{differ[0]} is {values}; the adapters of one classifier must agree'
             raise UserError(f'{one}: {problem}')
 
+    known = {n for n, _ in model.named_parameters() if classes or NAMES.fullmatch(n)}
+
     def add(model):
         if 'n' in first:
             return lora.add_prompt(model, first['n'], classes)
@@ -98,6 +114,20 @@ def load_peft(folder, model, classes=0):
             fill(model, adapter_tensors(one), peft_names(model), one, index)
 
     add_filled(model, add, fill_all)
+    known.update(peft_names(model).values())
+    needed = {n for n, _ in model.named_parameters() if not {n, lora.plain_name(n)} & known}
+    load_extras(folders[0], model, needed)
+
+
+def load_extras(folder, model, needed):
+    """Fill what trained besides LoRA, prompt and head. needed: names that must be among it."""
+    path, params = os.path.join(folder, EXTRA), dict(model.named_parameters())
+    tensors = load_safetensors(path) if os.path.isfile(path) else {}
+    shapes = {n: p.shape for n, p in params.items() if n in tensors or n in needed}
+    why = f'{folder} was trained with another model.py or lora.py than this one'
+    check_tensors(tensors, shapes, why)
+    for n, t in tensors.items():
+        params[n].data = t.float()
 
 
 def add_filled(model, add, fill_all):

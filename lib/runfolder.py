@@ -3,14 +3,16 @@ scripts, lib/genrun.py and lib/runs.py."""
 
 import itertools
 import os
+import re
 import shlex
 
 import lora
 from lib import base, checkpoints, files, ranks, summary
+from lib.checkpoints import NAMES
 from lib.files import UserError
 from lib.flags import METHODS
 from lib.foreign import elsewhere
-from lib.peft import save_peft
+from lib.peft import extras, peft_names, save_peft
 from lib.tensors import save_safetensors
 
 
@@ -55,7 +57,22 @@ def save_weights(folder, model, method, labels, base_name, read=None):
         save_safetensors(os.path.join(folder, 'adapter.safetensors'), trained)
     else:
         state = {**(read or {}), **lora.trained_state(model)}
+        assert lora.trainables(model).keys() - {'wte.rows'} <= state.keys(), 'all of it is saved'
         checkpoints.save_hf(folder, model.cfg, state, labels)
+
+
+def notes(model, method, pool='last'):
+    """Lines about what other programs will miss in the folder of a run."""
+    names = [] if method == 'adapter' else lora.trainables(model)
+    names = {n for n in names if not NAMES.fullmatch(lora.plain_name(n))}
+    names -= set(peft_names(model).values())
+    if method in ('lora', 'prompt'):
+        names |= extras(model).keys()
+    names = sorted({re.sub(r'\bh\.\d+\.', 'h.*.', n) for n in names})
+    lines = [f'  {", ".join(names)}: saved, but transformers and PEFT will ignore it'] * bool(names)
+    if pool != 'last':
+        lines += [f'  --pool {pool}: transformers and PEFT pool the last token: other logits there']
+    return lines
 
 
 def info_of(path):

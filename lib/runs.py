@@ -19,7 +19,7 @@ from lib.base import base_of, data_dir_of
 from lib.classes import class_folder
 from lib.device import autocast, pick_device, place
 from lib.files import UserError
-from lib.peft import add_filled, fill, load_peft
+from lib.peft import EXTRA, add_filled, fill, load_peft
 from lib.report import counted
 from lib.runfolder import info_of
 from lib.tensors import load_safetensors
@@ -72,7 +72,17 @@ def open_gen(path, info, how):
         folders = [class_folder(path, info, label) for label in labels]
         passes = [(GPT.from_pretrained(folder), ()) for folder in folders]
         return GenRun(path, info, passes, answers, how)
-    model = GPT.from_pretrained(base_of(path, info, how.data_dir))
+    base, folders = base_of(path, info, how.data_dir), []
+    if method == 'lora':
+        folders = [class_folder(path, info, label) for label in labels]
+    if any(os.path.isfile(os.path.join(folder, EXTRA)) for folder in folders):
+        passes = []  # an edit gave each class more than LoRA: no model can hold all of them
+        for folder in folders:
+            model = GPT.from_pretrained(base, new_head=True)
+            load_peft(folder, model)
+            passes.append((model, ()))
+        return GenRun(path, info, passes, answers, how)
+    model = GPT.from_pretrained(base)
     if method == 'zero_shot':
         enc = encoding(model, info, how.data_dir)
         prompts = {label: enc.encode_ordinary(info['prompts'][label]) for label in labels}

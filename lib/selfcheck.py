@@ -168,9 +168,10 @@ def copied(p, trains):
 
 
 def stir(module):
-    """Fill weights that are zero, as LoRA's B: what follows them would not show."""
+    """Fill weights that are constant, as LoRA's B: what follows zeros would not show, nor would a
+    factor of 1 that an edit added."""
     for p in module.parameters():
-        if not p.any():
+        if (p == p.flatten()[:1]).all():
             p.data.copy_(0.1 * wave(*p.shape))
 
 

@@ -1,0 +1,228 @@
+"""Edits of model.py and lora.py: what they add trains, is saved, resumed and loaded again."""
+
+import contextlib
+import functools
+import os
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+import lib.genrun
+import lib.runfolder
+import lora
+import predict
+import train_cls
+import train_gen
+from lib import export
+from lib.checkpoints import NAMES
+from lib.files import UserError
+from lib.metrics import metrics, softmax
+from lib.resume import load_resume
+from lib.rundata import own_data
+from lib.runs import open_run
+from lib.tensors import load_safetensors
+from lora import LoRA
+from model import GPT, Block, Config
+from tests.helpers import (
+    FLAGS,
+    Stop,
+    patched,
+    raises,
+    save_hf,
+    script,
+    stop_here,
+    table,
+    tmp,
+    train,
+    write,
+)
+
+EDITS = {
+    'magnitude': (LoRA, lambda self: nn.Parameter(torch.ones(self.B.shape[-2]))),
+    'gate': (Block, lambda self: nn.Parameter(torch.ones(32))),
+    'ln_3': (Block, lambda self: nn.LayerNorm(32)),
+    'hidden_layer': (GPT, lambda self: nn.Linear(32, 32)),
+}
+
+
+@contextlib.contextmanager
+def edited(name):
+    """Inside, a class has something new of this name, which its forward or classify uses."""
+    place()  # made without the edit
+    owner, make = EDITS[name]
+    init, method = owner.__init__, 'classify' if owner is GPT else 'forward'
+    plain = getattr(owner, method)
+
+    def start(self, *a, **k):
+        init(self, *a, **k)
+        setattr(self, name, make(self))
+
+    def forward(self, *a):
+        new = getattr(self, name)
+        if owner is GPT:
+            return self.score(torch.tanh(new(self.pool(self.hidden(a[0]), a[1]))))
+        y = plain(self, *a)
+        return y * new if isinstance(new, nn.Parameter) else y + new(y)
+
+    with patched(owner, '__init__', start), patched(owner, method, forward):
+        yield
+
+
+@functools.lru_cache(None)
+def place():
+    """-> a folder with a GPT-2 as published: without what an edit adds; and a CSV"""
+    torch.manual_seed(0)
+    folder = os.path.join(tmp(), 'gpt')
+    save_hf(folder, GPT(Config(2, 2, 32, 64, 257)).init_weights())
+    return folder, write('rows.csv', table(60))
+
+
+@contextlib.contextmanager
+def watched(module, found):
+    """Inside, what trains is noted in `found` whenever weights are saved."""
+    save = module.save_weights
+
+    def note(*a, **k):
+        model = a[1].model if module is lib.genrun else a[1]
+        kind = a[1].classes[0] if module is lib.genrun else ''
+        for n, p in lora.trainables(model).items():
+            found[kind, n] = p.detach().clone()
+        return save(*a, **k)
+
+    with patched(module, 'save_weights', note):
+        yield
+
+
+def argv(*flags):
+    folder, path = place()
+    steps = '--max_steps 4 --batch_size 8 --dtype fp32 --lr 1e-2 --eval_every 2'.split()
+    return ['--data', path, '--model', folder, *steps, *flags]
+
+
+def check(name, model, found, kind=''):
+    """What the edit added has moved, and is in the opened model."""
+    params = dict(model.named_parameters())
+    own = {n for n in params if f'.{name}.' in f'.{n}.'}
+    trained = {n for k, n in found if k == kind and f'.{name}.' in f'.{n}.'}
+    assert own == trained and own, (name, own ^ trained)
+    for n in own:
+        assert torch.equal(params[n], found[kind, n]), n
+        assert not NAMES.fullmatch(n)
+    assert any((p != p.flatten()[0]).any() for p in map(params.get, own)), 'nothing moved'
+
+
+def one_edit(name, methods):
+    for method in methods:
+        found = {}
+        with edited(name), watched(lib.runfolder, found):
+            out, text = train(*argv(*FLAGS[method]))
+            run = open_run(out, 'cpu', 'fp32')
+            check(name, run.model, found)
+            assert ('transformers and PEFT will ignore it' in text) == (method != 'adapter'), text
+            val = own_data(run.info).val  # the logits are those of the best evaluation
+            nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+            assert abs(nll - run.info['results']['val_loss']) < 1e-5, method
+            if method in ('lora', 'last', 'full'):
+                raises(UserError, export.export, out, os.path.join(tmp(), 'x'), match='cannot be')
+        # the same folder and the code as it was: refused, not half loaded
+        raises(UserError, open_run, out, 'cpu', 'fp32', match=name)
+
+
+def test_a_parameter_added_to_lora_is_saved():
+    one_edit('magnitude', ['lora'])
+
+
+def test_a_parameter_added_to_the_block_is_saved():
+    one_edit('gate', ['lora', 'full', 'last', 'adapter', 'prompt', 'head'])
+
+
+def test_a_layer_norm_added_to_the_block_is_saved():
+    one_edit('ln_3', ['lora', 'full', 'head'])
+
+
+def test_a_layer_before_the_head_is_saved():
+    one_edit('hidden_layer', ['lora', 'head', 'prompt', 'adapter'])
+
+
+def test_what_an_edit_does_not_freeze_is_saved():
+    """An edit of adapt() leaves the last LayerNorm trainable."""
+    found, adapt = {}, lora.adapt
+
+    def unfrozen(model, *a, **k):
+        wrapped = adapt(model, *a, **k)
+        model.ln_f.requires_grad_(True)
+        return wrapped
+
+    for method in ('lora', 'prompt', 'adapter'):
+        with patched(lora, 'adapt', unfrozen), watched(lib.runfolder, found):
+            out, text = train(*argv(*FLAGS[method]))
+            got = dict(open_run(out, 'cpu', 'fp32').model.named_parameters())
+        for n in ('ln_f.weight', 'ln_f.bias'):
+            assert torch.equal(got[n], found['', n]) and got[n].std() > 1e-4, (method, n)
+        if method != 'adapter':  # whose reader follows adapt()
+            assert 'ln_f.bias, ln_f.weight: saved, but' in text, text
+            plain = dict(open_run(out, 'cpu', 'fp32').model.named_parameters())
+            assert torch.equal(plain['ln_f.bias'], found['', 'ln_f.bias'])
+
+
+def test_resume_holds_what_an_edit_added():
+    for name in ('magnitude', 'gate', 'hidden_layer'):
+        out = os.path.join(tmp(), 'run')
+        with edited(name), patched(train_cls, 'test', stop_here):
+            raises(Stop, train_cls.main, argv('--lora', '--out', out))
+            saved = load_resume(out)
+            names = [n for n in saved['params'] if f'.{name}.' in f'.{n}.']
+            assert names and len(saved['opt']['state']) == len(saved['params'])
+            whole = saved['params']
+        with edited(name):  # in two parts: the same
+            again = os.path.join(tmp(), 'run')
+            with patched(train_cls.training.Plan, 'evaluates', stop_after(2)):
+                raises(Stop, train_cls.main, argv('--lora', '--out', again))
+            with patched(train_cls, 'test', stop_here):
+                raises(Stop, train_cls.main, ['--resume', '--out', again])
+            for n, t in load_resume(again)['params'].items():
+                assert torch.equal(t, whole[n]), n
+
+
+def stop_after(last):
+    def evaluates(self, step):
+        if step > last:
+            raise Stop
+        return step == last
+
+    return evaluates
+
+
+def test_generative_runs_keep_what_an_edit_added():
+    rows = ['text,label'] + [f'{w} number {i},{w}' for i in range(30) for w in ('no', 'yes')]
+    path, labels = write('rows.csv', '\n'.join(rows) + '\n'), ('no', 'yes')
+    common = [*argv()[2:], '--data', path, '--eval_every', '1', '--max_steps', '2']
+    for method, name in (
+        *(('lora', name) for name in ('magnitude', 'gate')),
+        *((method, 'gate') for method in ('full', 'prefix')),
+    ):
+        found, out = {}, os.path.join(tmp(), 'run')
+        with edited(name), watched(lib.genrun, found):
+            code, text, _ = script(train_gen.main, [*common, f'--{method}', '--out', out])
+            assert not code and 'will ignore it' in text
+            run = open_run(out, 'cpu', 'fp32')
+            models = [model for model, _ in run.passes]
+            assert len(models) == (1 if method == 'prefix' else 2)
+            for label, model in zip(labels, models):
+                check(name, model, found, label)
+            if method == 'lora':
+                a, b = (dict(m.named_parameters()) for m in models)
+                assert any(not torch.equal(a[n], b[n]) for n in a if name in n), 'one for all'
+            assert np.isfinite(run.logits(['no number 3', 'yes'])).all()
+            if method != 'prefix':
+                script(predict.main, [out, '--sample', 'no', '--num', '1'])
+        raises(UserError, open_run, out, 'cpu', 'fp32', match=name)
+    with edited('gate'):
+        again = [*common, '--lora', '--posterior_steps', '2', '--out', out + '2']
+        raises(UserError, train_gen.main, again, match='h.0.gate')
+        assert not os.path.exists(out + '2')
+        code, text, _ = script(train_gen.main, [*common, '--pretrain', '--out', out + '3'])
+        tensors = load_safetensors(os.path.join(out + '3', 'model.safetensors'))
+        assert 'transformer.h.1.gate' in tensors and 'will ignore it' in text
+        train(*argv('--lora')[:3], out + '3', *argv()[4:])  # --model with the edit: read from there
