@@ -114,7 +114,8 @@ def read_imdb(data_dir):
     rows = {s: [] for s in splits}
     for _, split, text, label in imdb_reviews(path):
         rows[split].append((text, label))
-    files.write_atomic(parsed, json.dumps(rows), every_rank=True)
+    with files.optional():
+        files.write_atomic(parsed, json.dumps(rows), every_rank=True)
     return rows, POLARITY
 
 

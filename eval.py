@@ -186,7 +186,8 @@ def main(argv=None):
         source.update(methods=methods, method_comparisons=tested)
 
     if len(args.run) == 1 and args.split == 'test' and not given & {'data', 'test', *SCORING}:
-        files.write_json(os.path.join(args.run[0], 'eval_results.json'), results[0])
+        with files.optional():
+            files.write_json(os.path.join(args.run[0], 'eval_results.json'), results[0])
     if args.plot:
         paths = [os.path.join(run, 'log.jsonl') for run in args.run]
         logs = [read_log(path) if os.path.isfile(path) else {} for path in paths]

@@ -6,9 +6,12 @@ the main one decides. Words after the bar never appear in the labelled train spl
 text has them next to words that give them away ("warm and radiant"), so only a model that has read
 it can know them."""
 
+import atexit
+import functools
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -112,28 +115,58 @@ def unlabelled(n=20000):
     return [sentence(rng, rng.random() < 0.5, NEW_UNLABELLED) for _ in range(n)]
 
 
+@functools.lru_cache(None)
+def passing_folder():
+    """A folder for what the cache cannot keep: removed when this process ends."""
+    folder = tempfile.mkdtemp(prefix='nanocls-')
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def nano_folder():
     """The folder of `nano`: trained with train_gen.py --pretrain the first time it is needed, then
-    kept in the cache. In its own process, so that the caller keeps its seed and its state."""
-    folder = files.cached(os.path.join('models', f'nano-{VERSION}'))
+    kept in the cache, or for this process alone if the cache cannot be written."""
+    name = f'nano-{VERSION}'
+    folder = files.cached(os.path.join('models', name))
     if os.path.isdir(folder):
         return folder
-    print(f"nano: training the demo's language model once (kept in {folder})", flush=True)
-    files.make_folder(os.path.dirname(folder))
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(folder)) as temp:
-        made = os.path.join(temp, 'nano')
+    with files.optional():
+        return train_nano(folder)
+    folder = os.path.join(passing_folder(), name)
+    if os.path.isdir(folder):
+        return folder
+    return train_nano(folder, 'for this run alone', NANOCLS_CACHE=passing_folder())
+
+
+def train_nano(folder, kept=None, **variables):
+    """In a process of its own, so that the caller keeps its seed and its state. -> folder"""
+    parent = os.path.dirname(folder)
+    files.make_folder(parent)
+    try:
+        temp = tempfile.TemporaryDirectory(dir=parent)
+    except OSError as e:
+        raise files.cannot_write(parent, e) from None
+    kept = kept or f'kept in {folder}'
+    print(f"nano: training the demo's language model once ({kept})", flush=True)
+    with temp:
+        made = os.path.join(temp.name, 'nano')
         top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         command = [sys.executable, os.path.join(top, 'train_gen.py'), *NANO_FLAGS.split()]
         steps = str(NANO_STEPS)
         command += ['--max_steps', steps, '--eval_every', steps, '--out', made]
         torchrun = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR')  # it is not one of the ranks
         env = {name: value for name, value in os.environ.items() if name not in torchrun}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as p:
-            for line in p.stdout:
-                if line.startswith('step'):
-                    print(f'nano: {line}', end='', flush=True)
-        if p.returncode == 130:
-            raise KeyboardInterrupt
+        env.update(variables)
+        # in a session of its own: Ctrl-C is for this process, which ends that one
+        options = dict(stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
+        with subprocess.Popen(command, **options) as p:
+            try:
+                for line in p.stdout:
+                    if line.startswith('step'):
+                        print(f'nano: {line}', end='', flush=True)
+            except BaseException:
+                p.kill()
+                raise
         if p.returncode:
             why = 'could not be trained; the lines above say why'
             raise UserError(f"nano, the demo's language model, {why}")

@@ -1,6 +1,7 @@
 """Files and errors: atomic writes, locks, JSON, the cache folder. Called by everything else."""
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -19,6 +20,10 @@ class Unavailable(UserError):
     """Something has to be downloaded and cannot be."""
 
 
+class CannotWrite(UserError):
+    """.note: what to say where the file is not needed."""
+
+
 WRITES = True  # False in all but the first of several ranks: they write nothing but caches
 CLAIMED = {}  # {folder: descriptor} of the folders that this process holds until it ends
 
@@ -34,11 +39,29 @@ def cached(rel):
 
 
 def cannot_write(path, e):
-    """-> UserError for an OSError"""
+    """-> CannotWrite for an OSError"""
     cache = os.path.join(os.path.abspath(cache_dir()), '')
     in_cache = os.path.join(os.path.abspath(path), '').startswith(cache)
     hint = 'set $NANOCLS_CACHE to a folder you can write to' if in_cache else 'choose another place'
-    return UserError(f'cannot write {path} ({e.strerror or e}); {hint}')
+    why = e.strerror or e
+    error = CannotWrite(f'cannot write {path} ({why}); {hint}')
+    place = f'the cache {cache_dir()}' if in_cache else path
+    error.note = f'note: {place} cannot be written ({why}); going on without it'
+    return error
+
+
+@contextlib.contextmanager
+def optional():
+    """Inside, a file that cannot be written costs a note: one for the whole cache."""
+    try:
+        yield
+    except CannotWrite as e:
+        say_once(e.note)
+
+
+@functools.lru_cache(None)
+def say_once(text):
+    print(text, file=sys.stderr)
 
 
 def make_folder(path):

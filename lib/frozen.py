@@ -1,6 +1,7 @@
 """Output of the frozen blocks, computed once for all epochs and kept in the cache. train_cls.py
 calls cache(); the model knows nothing of it."""
 
+import contextlib
 import copy
 import hashlib
 import os
@@ -165,11 +166,15 @@ class FrozenStates:
 
             in_batches(write, model, tokens, max_length, keep, device, dtype, progress=True)
 
-        if fresh or not os.path.isfile(path) or os.path.getsize(path) != size:
+        if fresh or not has_size(path, size):
             make_room(os.path.dirname(path), size)
             files.write_atomic(path, compute, every_rank=True)
-        os.utime(path)  # the most recently used
-        self.flat = torch.from_file(path, size=n * C, dtype=kind).view(n, C)
+        with contextlib.suppress(OSError):  # a cache that is only read
+            os.utime(path)  # the most recently used
+        try:
+            self.flat = torch.from_file(path, size=n * C, dtype=kind).view(n, C)
+        except RuntimeError:
+            raise UserError(f'{path} is gone: another run needed its room') from None
 
     def __call__(self, index, width=0):
         parts = [self.flat[i : i + n] for i, n in zip(self.starts[index], self.rows[index])]
@@ -179,17 +184,29 @@ class FrozenStates:
         return data.to_device(F.pad(x, (0, 0, 0, max(0, width - x.shape[1]))), self.device)
 
 
+def has_size(path, size):
+    try:
+        return os.path.getsize(path) == size
+    except OSError:
+        return False
+
+
 def make_room(folder, size):
     """Evict the least recently used files of a cache folder until `size` bytes more are within
     LIMIT. Raises UserError if the disk has less than twice the room."""
     files.make_folder(folder)
     with files.locked(folder):
         paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.bin')]
-        sizes = {p: os.path.getsize(p) for p in sorted(paths, key=os.path.getmtime)}
-        used = sum(sizes.values())
-        for path, taken in sizes.items():
+        known = []
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):  # another run has removed it
+                stat = os.stat(path)
+                known.append((stat.st_mtime_ns, stat.st_size, path))
+        used = sum(taken for _, taken, _ in known)
+        for _, taken, path in sorted(known):
             if used + size > LIMIT:
-                os.remove(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
                 used -= taken
     if 2 * size > shutil.disk_usage(folder).free:
         raise UserError(f'{folder} has no room for {size / 2**30:.1f} GB')

@@ -107,7 +107,8 @@ def tokenize(enc, texts, cache=True):
     if cache:
         buffer = io.BytesIO()
         np.savez(buffer, flat=flat, starts=starts)
-        files.write_atomic(path, buffer.getvalue(), every_rank=True)
+        with files.optional():
+            files.write_atomic(path, buffer.getvalue(), every_rank=True)
     return Tokens(flat, starts)
 
 

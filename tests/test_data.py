@@ -7,6 +7,7 @@ import os
 import numpy as np
 
 import data
+import lib.files
 from lib.files import UserError, cached, read_json
 from lib.metrics import softmax
 from lib.rundata import own_data
@@ -19,6 +20,7 @@ from tests.helpers import (
     gen_run,
     raises,
     real_data,
+    script,
     table,
     tiny_imdb,
     tmp,
@@ -101,6 +103,10 @@ def test_imdb_archive():
         # a broken cache file is rebuilt
         write(os.path.basename(parsed), '{"train": [["half', os.path.dirname(parsed))
         assert data.load('imdb').test.texts == d.test.texts
+        with environment(NANOCLS_CACHE=os.path.join(path, 'cache')):  # which nobody can write
+            lib.files.say_once.cache_clear()
+            _, _, err = script(lambda _: check_dataset(data.load('imdb'), d.labels), [])
+            assert err.count('note: ') == 1 and 'cannot be written' in err, err
         with open(path, 'rb') as f:
             whole = f.read()
         write('aclImdb_v1.tar.gz', whole[: len(whole) // 2], os.path.dirname(path))

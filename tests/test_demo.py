@@ -1,5 +1,6 @@
 """lib/demo.py: the built-in data set and its model."""
 
+import builtins
 import contextlib
 import hashlib
 import io
@@ -15,6 +16,9 @@ import torch
 import data
 import lib.demo
 import lib.download
+import lib.files
+import predict
+import train_cls
 import train_gen
 from lib.checkpoints import model_folder
 from lib.demo import nano_folder
@@ -31,6 +35,7 @@ from tests.helpers import (
     tmp,
     train,
     tree,
+    write,
 )
 from tests.test_data import check_dataset
 
@@ -187,17 +192,55 @@ def test_gen_nano_is_made_once():
         assert model_folder('nano') == folder and len(FakeTraining.commands) == 1  # kept
         assert tree(folder) == tree(model)
         assert os.listdir(os.path.dirname(folder)) == [os.path.basename(folder)]
-        for code, error in ((2, UserError), (130, KeyboardInterrupt)):
-            shutil.rmtree(os.path.join(cache, 'models'))
-            with patched(FakeTraining, 'code', code):
-                raises(error, nano_folder)
-            assert os.listdir(os.path.join(cache, 'models')) == []  # nothing half made
+        shutil.rmtree(os.path.join(cache, 'models'))
+        with patched(FakeTraining, 'code', 2):
+            raises(UserError, nano_folder)
+        assert os.listdir(os.path.join(cache, 'models')) == []  # nothing half made
         with (
             patched(FakeTraining, 'also', [folder]),
             contextlib.redirect_stdout(io.StringIO()),
         ):  # another process was faster
             assert nano_folder() == folder and tree(folder) == tree(model)
         assert os.listdir(os.path.dirname(folder)) == [os.path.basename(folder)]
+
+
+def test_ctrl_c_while_nano_trains():
+    """Ends the process that trains and removes its folder, which nothing has named."""
+    name, seen = os.path.join(tmp(), 'pid'), []
+    trainer = write('trainer', f'#!/bin/sh\necho $$ > {name}\necho step 1\nexec sleep 60\n')
+    os.chmod(trainer, 0o755)
+
+    def strike(line, **kw):
+        if line.startswith('nano: step'):
+            with open(name, encoding='utf-8') as f:
+                seen.append(int(f.read()))
+            assert os.getsid(seen[0]) != os.getsid(0)  # the terminal does not interrupt it as well
+            raise KeyboardInterrupt
+
+    with fresh_cache() as cache, patched(sys, 'executable', trainer):
+        with patched(builtins, 'print', strike):
+            raises(KeyboardInterrupt, nano_folder)
+        assert os.listdir(os.path.join(cache, 'models')) == []
+    raises(ProcessLookupError, os.kill, seen[0], 0)
+
+
+def test_cache_that_cannot_be_written():
+    """One note for all of it; nano is trained for this process alone, and kept nowhere."""
+    lib.files.say_once.cache_clear()
+    lib.demo.passing_folder.cache_clear()
+    with (
+        environment(NANOCLS_CACHE=os.path.join(write('file', ''), 'cache')),
+        patched(subprocess, 'Popen', FakeTraining),
+        patched(FakeTraining, 'commands', []),
+    ):
+        flags = '--data demo --max_samples 20 --head --epochs 2 --batch_size 20 --max_length 9'
+        out = os.path.join(tmp(), 'run')
+        code, text, err = script(train_cls.main, [*flags.split(), '--out', out])
+        assert not code and err.count('note: the cache ') == 1 and 'cannot be written' in err, err
+        assert 'for this run alone' in text and 'not used: cannot write' in text, text
+        assert len(FakeTraining.commands) == 1
+        code, _, err = script(predict.main, [out, 'a text'])
+        assert not code and not err, err
 
 
 def test_gen_fallback_to_the_demo():

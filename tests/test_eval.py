@@ -15,7 +15,7 @@ import lib.runs
 from lib.files import UserError, read_json, write_atomic, write_json
 from lib.metrics import reliability
 from lib.plots import read_log
-from tests.helpers import close, dump, patched, raises, run_eval, skip, tmp
+from tests.helpers import close, copied, dump, patched, raises, run_eval, skip, tiny_run, tmp
 
 
 def random_case(n=500, k=5, seed=0):
@@ -368,3 +368,16 @@ def test_plot_without_matplotlib():
     finally:
         del sys.modules['matplotlib']
         sys.modules.update(hidden)
+
+
+def test_run_that_cannot_be_written():
+    """Its report is printed; that eval_results.json is not written is one note."""
+    run = copied(tiny_run('head'))
+    want, _ = run_eval([run])
+    path = os.path.join(run, 'eval_results.json')
+    os.remove(path)
+    os.mkdir(path)  # root may write into any folder, but not over this one
+    text, err = run_eval([run])
+    assert text == want and 'accuracy' in text
+    notes = [line for line in err.splitlines() if line.startswith('note: ')]
+    assert len(notes) == 1 and f'{path} cannot be written' in notes[0], err

@@ -149,6 +149,33 @@ def test_states_that_do_not_fit_are_not_used():
             assert frozen.cache(model, splits, *how) is None
 
 
+def test_make_room_beside_another_run():
+    """Another run may remove a file at any moment."""
+
+    def gone(real):
+        def fn(path, *a, **k):
+            if str(path).endswith('gone.bin') and os.path.lexists(path):
+                os.rename(path, path + '.taken')
+            return real(path, *a, **k)
+
+        return fn
+
+    for name in ('stat', 'remove'):
+        with fresh_cache(), patched(frozen, 'LIMIT', 350):
+            os.mkdir(cached('frozen'))
+            for i, file in enumerate(('gone', 'b', 'c')):
+                path = write(f'{file}.bin', b'x' * 100, cached('frozen'))
+                os.utime(path, (i, i))
+            with patched(frozen.os, name, gone(getattr(os, name))):
+                frozen.make_room(cached('frozen'), 100)
+            left = sorted(n for n in os.listdir(cached('frozen')) if n.endswith('.bin'))
+            assert left == ['b.bin', 'c.bin'], (name, left)
+    with fresh_cache():
+        model, tokens, how = example('last', last=1)
+        with patched(frozen.os, 'utime', os.remove):
+            assert frozen.cache(model, dict(train=tokens), *how) is None
+
+
 def test_frozen_states_are_limited():
     """The least recently used files of the cache are evicted first; without room on the disk
     training computes the blocks in every epoch, and says so."""
