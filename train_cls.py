@@ -157,9 +157,10 @@ def main(argv=None):
 
     def evaluate(step, best):
         """Evaluate on the validation rows; save the weights if they are the best. -> best score"""
-        where, states = (args.max_length, args.keep, dev, dtype), feed and feed.states['val']
+        where = args.max_length, args.keep, dev, dtype
+        fed = dict(net=feed.net, states=feed.states['val']) if feed else {}
         with interrupt.evaluation():
-            logits = class_logits(model, val, *where, net=feed and feed.net, states=states)
+            logits = class_logits(model, val, *where, **fed, progress=True)
         probs = softmax(logits)
         write_predictions(args.out, probs, probs.argmax(1), ds.val.y, ds.labels)
         m = metrics(probs, ds.val.y, ds.labels)

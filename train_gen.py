@@ -216,8 +216,9 @@ class Phase:
 
     def val_logprobs(self):
         """log P of every validation text (n, 1), or (n, K) of a model with classes."""
-        args, where = self.run.args, (self.run.dev, self.run.dtype)
-        return text_logprobs(self.model, self.val, args.max_length, args.keep, *where)
+        args = self.run.args
+        where = args.max_length, args.keep, self.run.dev, self.run.dtype
+        return text_logprobs(self.model, self.val, *where, progress=True)
 
     def log(self, done):
         """The log of this phase, after `done` steps."""
@@ -316,7 +317,7 @@ def finish(run):
     genrun.complete(run)
     opened = runs.open_run(args.out, args.device, args.dtype, args.data_dir, args.plain)
     val = tokenize(run.enc, ds.val.texts, cache=False)
-    logits = opened.logits_of(val)  # (N, K)
+    logits = opened.logits_of(val, progress=True)  # (N, K)
     logprobs, y = logits - run.log_prior, ds.val.y
     opened.tau, opened.bias = fit_calibration(logprobs, run.log_prior, y)
     m, probs, pred = run_metrics(opened, logits, y, labels)

@@ -210,15 +210,16 @@ class GenRun(Run):
         if not len(tokens):
             return np.empty((0, len(self.labels)), np.float32)
 
-        def columns(score, model, last):  # (N, 1) or (N, K)
-            return score(model, tokens, *self.settings, last, progress=progress)
+        def columns(score, calls):  # calls: (model, last argument) -> (N, 1) or (N, K) of each
+            for i, (model, last) in enumerate(calls):
+                part = progress and (i, len(calls))
+                yield score(model, tokens, *self.settings, last, progress=part)
 
         if self.answers:
             ids = [self.answers[label] for label in self.labels]
-            parts = [columns(scoring.answer_logprobs, self.model, answer) for answer in ids]
-            return np.concatenate(parts, axis=1) - self.neutral
-        parts = [columns(scoring.text_logprobs, *one) for one in self.passes]
-        return np.concatenate(parts, axis=1)
+            parts = columns(scoring.answer_logprobs, [(self.model, answer) for answer in ids])
+            return np.concatenate(list(parts), axis=1) - self.neutral
+        return np.concatenate(list(columns(scoring.text_logprobs, self.passes)), axis=1)
 
     def logits_of(self, tokens, progress=False):
         """Tokens -> log P(text | class) + log P(class), (N, K): Bayes' rule up to a constant."""

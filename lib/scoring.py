@@ -1,8 +1,6 @@
 """Evaluation: a model on many texts, in batches of like length. Called by the training scripts, by
 lib/runs.py and lib/frozen.py."""
 
-import sys
-
 import numpy as np
 import torch
 
@@ -10,6 +8,7 @@ import data
 from lib import ranks
 from lib.device import autocast
 from lib.files import UserError
+from lib.progress import Progress
 from lib.report import counted
 
 
@@ -22,7 +21,8 @@ def in_batches(
 
     Longest texts first, so that out of memory shows on the first batch and hardly any padding is
     needed; as many at a time as fit `batch_tokens` padded tokens, each read `copies` times. The
-    model is in evaluation mode meanwhile. Ranks share the texts."""
+    model is in evaluation mode meanwhile. Ranks share the texts. progress: show it; (i, n) for pass
+    i of n."""
     # a CPU's cache; what fills a GPU
     batch_tokens = batch_tokens or (512 * min(copies, 3) if device.type == 'cpu' else 65536)
     lengths = np.minimum(tokens.lengths, max_length)
@@ -31,6 +31,7 @@ def in_batches(
     was_training = model.training
     model.eval()
     outputs, start = [], 0
+    show = Progress(lengths[own], (0, 1) if progress is True else progress)
     try:
         while start < len(own):
             n = max(1, batch_tokens // (copies * int(lengths[own[start]])))
@@ -48,10 +49,8 @@ def in_batches(
                 batch_tokens //= 2  # the results do not depend on it
                 continue
             start += len(index)
-            if progress and ranks.rank() == 0 and sys.stderr.isatty():
-                end = '\n' if start == len(own) else ''
-                text = f'\r{start:,} of {counted(len(own), "text")} '
-                print(text, end=end, file=sys.stderr, flush=True)
+            if progress and ranks.rank() == 0:
+                show(start)
     finally:
         model.train(was_training)
     return gathered(torch.cat(outputs).cpu().numpy() if outputs else None, order)

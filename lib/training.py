@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import files, ranks
 from lib.files import UserError
+from lib.progress import clock, columns, fitting
 from lib.report import counted
 
 
@@ -184,7 +185,7 @@ class Log:
 
     def __init__(self, out, plan, texts, done=0, extra=None):
         self.path, self.plan, self.texts = os.path.join(out, 'log.jsonl'), plan, texts
-        self.extra, self.tty, kept = extra or {}, sys.stdout.isatty(), []
+        self.extra, kept = extra or {}, []
         if done and os.path.isfile(self.path):
             with open(self.path, encoding='utf-8', errors='replace') as f:
                 lines = [line for line in f if line.endswith('\n')]
@@ -227,16 +228,18 @@ class Log:
                 f.write(json.dumps({**record, **self.extra}) + '\n')
         except OSError as e:
             raise files.cannot_write(self.path, e) from None
-        text = f'step {record["step"]}/{self.plan.max_steps}  '
+        step, width = record['step'], columns(sys.stdout)
+        parts = [f'step {step}/{self.plan.max_steps}']
         if 'loss' in record:
-            left = int((self.plan.max_steps - record['step']) * seconds_per_step)
-            line = '{loss:.4f}  lr {lr:.1e}  {examples_per_s:.1f} examples/s  {tokens_per_s:.0f} '
-            text += 'loss ' + line.format(**record) + 'tokens/s  padding '
-            text += f'{100 * record["pad_share"]:.1f} %  {left // 60}:{left % 60:02d} left'
+            line = 'loss {loss:.4f}|lr {lr:.1e}|{examples_per_s:.1f} examples/s|'
+            line += '{tokens_per_s:.0f} tokens/s|padding {padding:.1f} %'
+            parts += line.format(padding=100 * record['pad_share'], **record).split('|')
+            parts += [f'{clock((self.plan.max_steps - step) * seconds_per_step)} left']
+            text = fitting(parts, width, spare=(5, 4, 2, 3))
         else:
-            text += '  '.join(f'{k} {v:.4f}' for k, v in record.items() if k != 'step')
-        end = '' if self.tty and 'loss' in record else '\n'
-        print(('\r\033[K' if self.tty else '') + text, end=end, flush=True)
+            text = '  '.join(parts + [f'{k} {v:.4f}' for k, v in record.items() if k != 'step'])
+        end = '' if width and 'loss' in record else '\n'
+        print(('\r\033[K' if width else '') + text, end=end, flush=True)
 
 
 def log_row(line):
