@@ -216,9 +216,8 @@ class Phase:
 
     def val_logprobs(self):
         """log P of every validation text (n, 1), or (n, K) of a model with classes."""
-        args = self.run.args
-        where = args.max_length, args.keep, self.run.dev, self.run.dtype
-        return text_logprobs(self.model, self.val, *where, progress=True)
+        run, where = self.run, (self.run.args.max_length, self.run.args.keep)
+        return text_logprobs(self.model, self.val, *where, run.dev, run.dtype, progress=True)
 
     def log(self, done):
         """The log of this phase, after `done` steps."""
