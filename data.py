@@ -11,28 +11,18 @@ from lib import start
 start.script(__name__)
 
 import collections
-import gzip
-import io
-import json
 import os
 import re
-import tarfile
 from dataclasses import dataclass
 
 import numpy as np
 
-from lib import cli, demo, download, files, tables
+from lib import cli, demo, flags, oddities, published, tables
 from lib.files import UserError
 from lib.report import counted
+from lib.tables import GUESSED, Format
 from lib.tokens import tokenize, tokenizer
 
-POLARITY = ['negative', 'positive']
-SST2_URLS = ['https://dl.fbaipublicfiles.com/glue/data/SST-2.zip']
-AGNEWS_URL = 'https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/'
-IMDB_URLS = ['https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz']
-SMS_URLS = ['https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip']
-SMS_URLS += ['https://f001.backblazeb2.com/file/LLMs-from-scratch/sms%2Bspam%2Bcollection.zip']
-SMS_SHA256 = '7d039a24a6083ed9ef0f806ebad56bbb976e3aeb8de05669173bfdc4996c239d'
 WINDOW = 100  # batches sorted by length together: 2.4 % padding on SST-2 at 16 (50: 4.4, 25: 8.1)
 
 
@@ -49,134 +39,34 @@ class Dataset:
     train: Split
     val: Split
     test: Split
-    notes: list  # of str: what was dropped or held out
+    notes: list  # of str: what was dropped or held out, and what is odd
+    form: Format = GUESSED  # how the user's files were read
 
 
-def tab_rows(raw, path, names, label_first):
-    """Rows of a file with one tab per line, without quoting.  names: {label in the file: label}"""
-    rows = []
-    for i, line in enumerate(files.decode(raw, path).split('\n')):
-        fields = line.rstrip('\r').split('\t')
-        ordered = fields if label_first else fields[::-1]
-        label, text = ordered if len(fields) == 2 else (None, None)
-        if label in names:
-            rows.append((text, names[label]))
-        elif line.strip() and not (i == 0 and label == 'label'):  # not blank, not SST-2's header
-            expected = f'expected a text, a tab and {" or ".join(names)}'
-            raise UserError(f'{path}, line {i + 1}: {expected}; replace the file')
-    return rows
+# a reader: data_dir -> {split: rows}, labels in order; a row is (text, label)
+READERS = dict(sst2=published.sst2, agnews=published.agnews, imdb=published.imdb)
+READERS.update(sms=published.sms, demo=published.demo_rows)
 
 
-def read_sst2(data_dir):
-    """A reader: -> {split: rows}, labels in order; a row is (text, label)"""
-    rows, names, md5 = {}, dict(zip('01', POLARITY)), '9f81648d4199384278b86e315dac217c'
-    for split, file in (('train', 'train.tsv'), ('test', 'dev.tsv')):  # test.tsv has no labels
-        paths = f'sst2/{file}', 'sst2/SST-2.zip', f'SST-2/{file}'
-        raw, path = download.file_or_member(*paths, data_dir, SST2_URLS, md5=md5)
-        rows[split] = tab_rows(raw, path, names, label_first=False)
-    return rows, POLARITY
-
-
-def read_agnews(data_dir):
-    rows, labels = {}, ['World', 'Sports', 'Business', 'Sci/Tech']
-    md5s = dict(train='b1a00f826fdfbd249f79597b59e1dc12', test='d52ea96a97a2d943681189a97654912d')
-    for split, md5 in md5s.items():
-        rel = f'ag_news_csv/{split}.csv'
-        path = download.find(rel, data_dir)
-        path = path or download.download([AGNEWS_URL + rel], files.cached(rel), md5=md5)
-        rows[split] = []
-        text = io.StringIO(files.decode(files.read_bytes(path), path), newline='')
-        for where, r in tables.csv_records(text, path, ','):
-            if len(r) != 3 or r[0] not in ('1', '2', '3', '4'):
-                expected = 'expected class 1-4, title, description'
-                raise UserError(f'{where}: {expected}; replace the file')
-            rows[split].append((f'{r[1]} {r[2]}', labels[int(r[0]) - 1]))
-    return rows, labels
-
-
-def read_imdb(data_dir):
-    path = download.find('imdb/aclImdb*.tar.gz', data_dir) or download.download(
-        IMDB_URLS, files.cached('imdb/aclImdb_v1.tar.gz'), md5='7c2ac02c03563afcf9b574c7e56c153a'
-    )
-    stat, splits = os.stat(path), ('train', 'test')
-    # reading the rows takes 0.5 s, the archive 6 s
-    parsed = files.cached(f'imdb/rows-{stat.st_size}-{stat.st_mtime_ns}.json')
-    try:
-        with open(parsed, encoding='utf-8') as f:
-            rows = json.load(f)
-        rows = {s: [(text, label) for text, label in rows[s]] for s in splits}
-        every = [row for s in splits for row in rows[s]]
-        valid = all(isinstance(text, str) and label in POLARITY for text, label in every)
-        if valid and all(rows.values()):
-            return rows, POLARITY
-    except Exception:
-        pass  # missing or damaged: rebuilt
-    rows = {s: [] for s in splits}
-    for _, split, text, label in imdb_reviews(path):
-        rows[split].append((text, label))
-    with files.optional():
-        files.write_atomic(parsed, json.dumps(rows), every_rank=True)
-    return rows, POLARITY
-
-
-def imdb_reviews(path):
-    """-> [(name, split, text, label)] of the archive, in the order of the names"""
-    reviews, why = [], 'it lacks train or test reviews'
-    try:
-        with gzip.open(path) as f:
-            reader = download.LimitedReader(f, download.MAX_UNPACKED)
-            with tarfile.open(fileobj=reader, mode='r|') as tar:  # one pass, nothing is unpacked
-                while (m := tar.next()) is not None:
-                    tar.members.clear()  # or it would keep them all
-                    hit = re.fullmatch(r'(?:.*/)?(train|test)/(neg|pos)/\d+_\d+\.txt', m.name)
-                    if hit and m.isfile() and not m.issparse() and m.size <= download.MAX_MEMBER:
-                        text = files.decode(tar.extractfile(m).read(), f'{path}, {m.name}')
-                        text, label = text.replace('<br />', '\n'), POLARITY[hit[2] == 'pos']
-                        reviews.append((m.name, hit[1], text, label))
-    except UserError:
-        raise
-    except Exception as e:  # tarfile raises a dozen types for a broken file
-        reviews, why = [], e
-    if {split for _, split, _, _ in reviews} != {'train', 'test'}:
-        text = f'is not the published archive ({why}); remove it to have it downloaded again'
-        raise UserError(f'{path} {text}')
-    return sorted(reviews)
-
-
-def read_sms(data_dir):
-    name = 'SMSSpamCollection'
-    paths = f'sms_spam/{name}', 'sms_spam/sms+spam+collection.zip', name
-    checks, labels = dict(member=name, sha256=SMS_SHA256), dict(ham='ham', spam='spam')
-    raw, path = download.file_or_member(*paths, data_dir, SMS_URLS, **checks)
-    return {'train': tab_rows(raw, path, labels, label_first=True)}, list(labels)
-
-
-def read_demo(data_dir):
-    return demo.labelled(), POLARITY
-
-
-READERS = dict(sst2=read_sst2, agnews=read_agnews, imdb=read_imdb, sms=read_sms, demo=read_demo)
-
-
-def read(name, data_dir, val, test, text_col, label_col, notes):
-    """-> {split: rows}, labels in order or None.  val, test: files that replace these splits"""
+def read(name, data_dir, val, test, form, notes):
+    """-> {split: rows}, labels in order or None, form with the columns that were read.  val, test:
+    files that replace these splits"""
     if name in READERS:
-        if (text_col or label_col) and not (val or test):
-            why = f'are for your own files; leave them out with {name}'
-            raise UserError(f'--text_col and --label_col {why}')
+        if any(form[:5]) and not (val or test):
+            given = [f'--{flag}' for flag, value in zip(Format._fields[:5], form) if value]
+            raise UserError(f'{given[0]} is for your own files; leave it out with {name}')
         rows, labels = READERS[name](data_dir)
         notes += ['demo is synthetic text that this program makes'] * (name == 'demo')
     elif os.path.exists(name):
-        rows, text_col, label_col = tables.read_own(name, text_col, label_col)
-        labels = None
-        notes.append(f'columns: {text_col!r} is the text, {label_col!r} the label')
+        (rows, form), labels = tables.read_own(name, form, notes), None
+        notes.append(f'columns: {form.text_col!r} is the text, {form.label_col!r} the label')
     else:
         own = f'the path of a {", ".join(tables.KINDS)} file or of a folder of them'
         raise UserError(f'there is no data set {name!r}; choose {", ".join(READERS)}, or {own}')
     for split, path in (('val', val), ('test', test)):
         if path:
-            rows[split] = tables.read_table(path, text_col, label_col)[0]
-    return rows, labels
+            rows[split] = tables.read_table(path, form, notes)[0]
+    return rows, labels, form
 
 
 def label_order(name, rows, labels):
@@ -202,15 +92,16 @@ def label_order(name, rows, labels):
 
 def load(
     name, seed=1337, data_dir=None, val=None, test=None,
-    text_col=None, label_col=None, max_samples=None, balance=False,
+    form=GUESSED, max_samples=None, balance=False,
 ):  # fmt: skip
     """Read a data set and split it -> Dataset.  val, test: files that replace these splits.
-    balance: drop training rows until all classes are as small as the smallest, before anything is
-    held out.  A split that does not exist is held out from train, stratified, by seed.
-    max_samples: training rows kept per class."""
+    form: how the user's files are read.  balance: drop training rows until all classes are as small
+    as the smallest, before anything is held out.  A split that does not exist is held out from
+    train, stratified, by seed (--split_seed).  max_samples: training rows kept per class."""
     notes = []
-    rows, labels = read(name, data_dir, val, test, text_col, label_col, notes)
+    rows, labels, form = read(name, data_dir, val, test, form, notes)
     labels = label_order(name, rows, labels)
+    notes += [] if name in READERS else oddities.notes(rows, labels)
     # RandomState: its streams are the same in all versions of numpy
     train, rng = rows['train'], np.random.RandomState(seed % 2**32)
     one_pool = 'test' not in rows
@@ -234,32 +125,36 @@ def load(
         train = [train[i] for i in sample(train, labels, [max_samples] * len(labels), rng)]
         notes.append(f'train cut to at most {counted(max_samples, "row")} per class')
     texts = {text for text, _ in train}
-    both = sum(text in texts for text, _ in rows['test'])
-    notes += [f'{counted(both, "test text")} also in train (left as they are)'] * (both > 0)
+    for held in ('test', 'val'):
+        both = sum(text in texts for text, _ in rows[held])
+        left = 'give other rows' if both > len(rows[held]) // 2 else 'left as they are'
+        notes += [f'{counted(both, f"{held} text")} also in train ({left})'] * (both > 0)
     ids = {label: i for i, label in enumerate(labels)}
 
     def split(part):
         y = [ids[label] for _, label in part]
         return Split([text for text, _ in part], np.array(y, np.int64))
 
-    return Dataset(name, labels, split(train), split(rows['val']), split(rows['test']), notes)
+    splits = split(train), split(rows['val']), split(rows['test'])
+    return Dataset(name, labels, *splits, list(dict.fromkeys(notes)), form)
 
 
 def load_texts(
     name, seed=1337, data_dir=None, val=None, test=None,
-    text_col=None, label_col=None, max_samples=None, balance=False,
+    form=GUESSED, max_samples=None, balance=False,
 ):  # fmt: skip
     """Texts for a language model, labels unused -> (train texts, val texts, notes).  Arguments: as
     in load (the same seed keeps the same texts out of train).  The demo gives its unlabelled
     sentences, a file that is no table every line."""
-    if not os.path.isfile(name) or os.path.splitext(name)[1].lower() in tables.KINDS:
-        d = load(name, seed, data_dir, val, test, text_col, label_col, max_samples, balance)
+    if not os.path.isfile(name) or tables.kind_of(name) in tables.KINDS:
+        d = load(name, seed, data_dir, val, test, form, max_samples, balance)
         train = demo.unlabelled(max_samples or 20000) if name == 'demo' else d.train.texts
         return train, d.val.texts, d.notes
-    unused = dict(val=val, test=test, text_col=text_col, label_col=label_col, balance=balance)
+    unused = {**form._replace(encoding=None)._asdict(), 'val': val, 'test': test}
+    unused['balance'] = balance
     for flag in [flag for flag, value in unused.items() if value]:
         raise UserError(f'--{flag} does nothing with {name}, which is read line by line')
-    texts = list(dict.fromkeys(t for t in tables.read_texts(name) if t.strip()))
+    texts = list(dict.fromkeys(t for t in tables.read_texts(name, form) if t.strip()))
     order = np.random.RandomState(seed % 2**32).permutation(len(texts))
     n = min(len(texts) // 10, 1000)
     if not n:
@@ -360,16 +255,15 @@ def main(argv=None):
     add = cli.group(p, 'data')
     add('--val', 'validation rows (default: those of the data set, or held out)', metavar='FILE')
     add('--test', 'test rows (default: those of the data set, or held out)', metavar='FILE')
-    add('--text_col', 'text column or key of your own data (default: guessed)', metavar='NAME')
-    add('--label_col', 'label column or key of your own data (default: guessed)', metavar='NAME')
+    flags.table_flags(add)
     add('--max_length', 'count texts longer than N tokens', cli.positive, 128)
     add('--max_samples', 'keep N training rows per class (default: all)', cli.positive)
     add('--balance', 'drop rows until all classes are as small as the smallest', bool)
     add('--data_dir', 'search here before the cache (default: $NANOCLS_DATA)', metavar='DIR')
-    add('--seed', 'random seed of the split', int, 1337)
+    add('--split_seed', 'random seed of the split', int, 1337)
     a, _ = p.parse(argv)
-    columns = a.text_col, a.label_col
-    d = load(a.data, a.seed, a.data_dir, a.val, a.test, *columns, a.max_samples, a.balance)
+    own = a.val, a.test, Format.of(vars(a)), a.max_samples, a.balance
+    d = load(a.data, a.split_seed, a.data_dir, *own)
     enc = tokenizer('bytes' if a.data == 'demo' else 'gpt2', a.data_dir)
     print(f'{d.name}: {len(d.labels)} classes, tokens of {enc.name}')
     for note in d.notes:

@@ -21,7 +21,7 @@ import sys
 
 import numpy as np
 
-from lib import cli, files
+from lib import cli, files, flags
 from lib.files import UserError
 from lib.intervals import compare
 from lib.metrics import metrics, run_metrics
@@ -31,7 +31,8 @@ from lib.report import counted, means_table, report, side_by_side
 from lib.seeds import by_method, by_seed
 
 # score() imports what needs torch: --preds runs without it
-LOADING = ('data', 'split', 'val', 'test', 'text_col', 'label_col', 'data_dir')
+READING = ('text_col', 'label_col', 'sep', 'encoding', 'drop_unlabelled')  # tables.Format
+LOADING = ('data', 'split', 'val', 'test', *READING, 'data_dir', 'allow_seen')
 SCORING = ('calibrated', 'device', 'dtype', 'plain')
 
 
@@ -49,8 +50,9 @@ def parse(argv):
     add('--split', 'which split to score', ('test', 'val', 'train'), 'test')
     add('--val', 'validation rows for --data', metavar='FILE')
     add('--test', 'test rows for --data; alone: score every row of FILE', metavar='FILE')
-    add('--text_col', 'text column of --data or --test (default: guessed)', metavar='NAME')
-    add('--label_col', 'label column of --data or --test (default: guessed)', metavar='NAME')
+    flags.table_flags(add, '--data or --test')
+    text = 'compare runs although one was trained on texts that are scored'
+    add('--allow_seen', text, bool)
     add('--data_dir', "search here before the cache (default: the run's)", metavar='DIR')
     add = cli.group(p, 'several seeds')
     add('--mean', 'runs that differ in --seed alone are one method: means, methods compared', bool)
@@ -80,7 +82,7 @@ def check(args, given):
             raise UserError(
                 f'--{flag} has no meaning with --preds, which loads no data and no model: remove it'
             )
-    for flag in ('val', 'text_col', 'label_col'):
+    for flag in ('val', *READING):
         if flag in given and not (args.data or args.test and flag != 'val'):
             raise UserError(f"--{flag} needs --data: the run's own data is read with its own flags")
     if args.test and not args.data and 'split' in given:
@@ -97,8 +99,9 @@ def check(args, given):
 def load(args, infos):
     """-> the data set to score, by the flags; by default the first run's own."""
     import data
+    from lib import rundata
     from lib.base import data_dir_of
-    from lib.rundata import own_data
+    from lib.tables import Format
 
     first = infos[0]['args']
     if not (first['data'] or args.data or args.test):
@@ -106,16 +109,18 @@ def load(args, infos):
             f'{args.run[0]} was not trained here and has no data of its own: name it with --data '
             'NAME, or score every row of a labelled file with --test FILE'
         )
-    flags = dict(text_col=args.text_col, label_col=args.label_col)
-    flags['data_dir'] = data_dir_of(infos[0], '', args.data_dir)
+    kw = dict(form=Format.of(vars(args), like=rundata.form_of(infos[0])))
+    kw['data_dir'] = data_dir_of(infos[0], '', args.data_dir)
     if args.data:  # moved or not: balanced as in training, else test could hold training rows
         same = os.path.basename(args.data) == os.path.basename(first['data'] or '')
-        balance, seed = first['balance'] and same, first['seed']
-        ds = data.load(args.data, seed=seed, val=args.val, test=args.test, balance=balance, **flags)
+        kw.update(balance=first['balance'] and same, seed=first['split_seed'])
+        ds = data.load(args.data, val=args.val, test=args.test, **kw)
     elif args.test:  # three times: no rows are split off
-        ds = data.load(args.test, val=args.test, test=args.test, **flags)
+        ds = data.load(args.test, val=args.test, test=args.test, **kw)
     else:
-        ds = own_data(infos[0], args.data_dir)
+        ds = rundata.own_data(infos[0], args.data_dir)
+        hint = 'score its rows as other data (--test FILE)'
+        rundata.check(args.run[0], infos[0].get('split'), ds, hint)
     if not len(getattr(ds, args.split).y):
         raise UserError(f'--split {args.split} of {ds.name} has no rows: choose another split')
     return ds
@@ -124,17 +129,16 @@ def load(args, infos):
 def score(args, out):
     """Every run on the same rows
     -> data set, label names, y (N,), run_metrics() of each run, by_method() if --mean."""
-    from lib import runs
-    from lib.rundata import match_labels, own_data
+    from lib import rundata, runs
     from lib.runfolder import info_of
 
     infos = [info_of(path) for path in args.run]
     groups = by_method(args.run, infos) if args.mean else None
     ds = load(args, infos)
     split, first = getattr(ds, args.split), infos[0]
-    texts, y = split.texts, match_labels(args.run, infos, ds, split.y, out)
+    texts, y = split.texts, rundata.match_labels(args.run, infos, ds, split.y, out)
     every = []
-    for path, info in zip(args.run, infos):
+    for path, info, line in zip(args.run, infos, rundata.overlap(args, infos, ds)):
         run = runs.open_run(path, args.device, args.dtype, args.data_dir, args.plain)
         run.labels = info['labels']
         print(
@@ -142,15 +146,8 @@ def score(args, out):
             f'({run.device}, {str(run.dtype)[6:]}: {run.reason})',
             file=out,
         )
-        split_by = ('data', 'seed', 'val', 'test', 'balance')
-        if not info['args']['data']:
-            print('  not trained here: it may have seen these texts in training', file=out)
-        elif not (args.data or args.test) and any(
-            info['args'][name] != first['args'][name] for name in split_by
-        ):
-            seen = set(own_data(info, args.data_dir).train.texts)
-            n = sum(text in seen for text in texts)
-            print(f'  trained on another split; {n:,} of these texts were in it', file=out)
+        if line:
+            print(f'  {line}', file=out)
         if args.calibrated and run.kind != 'gen':
             raise UserError(f'{path} is a discriminative run: --calibrated is for generative ones')
         logits = run.logits(texts, progress=True, cache=True)  # (N, K)

@@ -167,7 +167,7 @@ def texts_of(args):
     if args.text:
         return iter(args.text)
     if args.file:
-        return tables.read_texts(args.file, args.text_col)
+        return tables.read_texts(args.file, tables.Format(args.text_col))
     sys.stdin.reconfigure(encoding='utf-8', errors='replace')
     return (line.rstrip('\r\n') for line in sys.stdin)
 

@@ -82,15 +82,15 @@ def load(args, given, saved):
     """-> data set, base model with a fresh head, Tokens of the training and validation texts"""
 
     def get():
-        own = args.val, args.test, args.text_col, args.label_col, args.max_samples, args.balance
-        ds = data.load(args.data, args.seed, args.data_dir, *own)
+        own = args.val, args.test, data.Format.of(vars(args)), args.max_samples, args.balance
+        ds = data.load(args.data, args.split_seed, args.data_dir, *own)
         model = base.build_model(args, len(ds.labels))
         return ds, model, tokenizer(tokenizer_name(model.cfg.vocab_size), args.data_dir)
 
     with ranks.first_of_machine():
         ds, model, enc = flags.or_demo(get, args, given, saved)  # the demo if there is no network
     if args.quick:
-        ds.val, ds.test = (data.cap(split, 100, args.seed) for split in (ds.val, ds.test))
+        ds.val, ds.test = (data.cap(split, 100, args.split_seed) for split in (ds.val, ds.test))
     room = model.cfg.block_size - (args.prompt or 0)
     if args.max_length > room and 'max_length' in given:
         taken = f', and --prompt takes {args.prompt} of them' if args.prompt else ''

@@ -116,13 +116,15 @@ def load(args, given, saved):
     """-> what all phases share: data, prior, tokens, the base model for the first phase"""
 
     def get():
-        own = args.val, args.test, args.text_col, args.label_col, args.max_samples, args.balance
+        own = args.val, args.test, data.Format.of(vars(args)), args.max_samples, args.balance
         if args.pretrain:
-            texts, val_texts, notes = data.load_texts(args.data, args.seed, args.data_dir, *own)
+            texts, val_texts, notes = data.load_texts(
+                args.data, args.split_seed, args.data_dir, *own
+            )
             splits = [data.Split(t, np.zeros(len(t), np.int64)) for t in (texts, val_texts, [])]
             ds = data.Dataset(args.data, ['text'], *splits, notes)
         else:
-            ds = data.load(args.data, args.seed, args.data_dir, *own)
+            ds = data.load(args.data, args.split_seed, args.data_dir, *own)
         model = genrun.base_model(args)
         return ds, model, tokenizer(tokenizer_name(model.cfg.vocab_size), args.data_dir)
 
@@ -130,7 +132,7 @@ def load(args, given, saved):
         insist = saved or args.class_id is not None
         ds, model, enc = flags.or_demo(get, args, given, insist)  # the demo if there is no network
     if args.quick:
-        ds.val, ds.test = (data.cap(split, 100, args.seed) for split in (ds.val, ds.test))
+        ds.val, ds.test = (data.cap(split, 100, args.split_seed) for split in (ds.val, ds.test))
     k, prompts = len(ds.labels), None
     counts = np.bincount(ds.train.y, minlength=k)
     prior = counts / counts.sum() if args.prior == 'counts' else np.full(k, 1 / k)
@@ -163,7 +165,7 @@ class Phase:
             k = labels.index(label)
             self.rows = np.flatnonzero(ds.train.y == k)
             own, other = np.flatnonzero(ds.val.y == k), np.flatnonzero(ds.val.y != k)
-            other = np.random.RandomState(args.seed % 2**32).permutation(other)[: len(own)]
+            other = np.random.RandomState(args.split_seed % 2**32).permutation(other)[: len(own)]
             val_rows = np.concatenate((own, other))
             self.own = ds.val.y[val_rows] == k
         self.val = tokenize(run.enc, [ds.val.texts[i] for i in val_rows], cache=False)

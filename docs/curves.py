@@ -77,12 +77,14 @@ def curves(name, seeds, base=None):
             if not given and (seed == seeds[0] or not test):
                 base = os.path.join(tmp, f'base-{seed}')
                 flags = ['--batch_size', '32', '--lr', '2e-3', '--seed', str(seed)]
+                flags += ['--split_seed', str(seed)]
                 flags += ['--epochs', '2' if test else '3']
                 train('train_gen.py', name, base, '--pretrain', *SHAPE, *flags)
             for size, epochs in ((100, 10), (1000, 3), (None, 1 if name == 'agnews' else 3)):
                 flags = ['--model', base, '--seed', str(seed), '--lora', '--lr', '3e-3']
                 flags += ['--epochs', str(epochs), *(['--test', test] if test else [])]
                 flags += ['--max_samples', str(size)] if size else []
+                flags += ['--split_seed', str(seed)]
                 ds = data.load(name, seed, test=test, max_samples=size)
                 cls, gen = (os.path.join(tmp, f'{k}-{size}-{seed}') for k in ('cls', 'gen'))
                 accuracies = [

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 
 from lib import cli, files
 from lib.files import UserError
-from lib.rundata import own_data
+from lib.rundata import check, own_data, seen
+from lib.tables import Format
 from lib.training import log_row
 
 # --- folders ---
@@ -84,18 +85,28 @@ def log_rows(path):
 
 def leaked(old, args, ds):
     """Notes for a finished run (old: its run.json) that gets a class from other data: how many of
-    the rows that will judge it were trained on before."""
-    names = ('data', 'seed', 'val', 'test', 'text_col', 'label_col', 'max_samples', 'balance')
-    if 'args' not in old or all(old['args'][name] == getattr(args, name) for name in names):
+    the rows that will judge it were trained on before. Raises UserError if its own data have
+    changed."""
+    if 'args' not in old:
         return []
+    names = ('data', 'split_seed', 'val', 'test', 'max_samples', 'balance', *Format._fields[:-1])
+    if all(old['args'][name] == getattr(args, name) for name in names):
+        hint = 'give the new rows as another file (--data FILE)'
+        check(args.out, old.get('split'), ds, hint)
+        return []
+    texts = ds.val.texts + ds.test.texts
     try:
-        seen = set(own_data(old, args.data_dir).train.texts)
+        were = seen(args.out, texts)
+        if were is None:
+            trained = set(own_data(old, args.data_dir).train.texts)
+            were = np.array([text in trained for text in texts])
     except UserError as e:
         problem = f'the training rows of the other classes cannot be read any more ({e})'
         return [f'{problem}; if some of them are test rows now, the results are optimistic']
-    n = sum(text in seen for text in ds.val.texts + ds.test.texts)
-    text = f'{n:,} of the validation and test texts were training rows of the other classes'
-    return [f'{text}: the results may be optimistic'] if n else []
+    text = (
+        f'{were.sum():,} of the validation and test texts were training rows of the other classes'
+    )
+    return [f'{text}: the results may be optimistic'] if were.any() else []
 
 
 # --- numbers ---

@@ -9,6 +9,7 @@ import textwrap
 from lib.cli import DATA_SETS, above_zero, absolute, group, not_negative, positive, share
 from lib.download import SHORT
 from lib.files import Unavailable, UserError
+from lib.textfiles import is_separator
 
 METHODS = dict(gen=('lora', 'full', 'prefix', 'zero_shot'))
 METHODS['cls'] = ('lora', 'head', 'last', 'full', 'adapter', 'prompt')
@@ -34,24 +35,42 @@ def model_name(text):
     return text if os.path.isdir(text) else SHORT.get(text, text)
 
 
+def separator(text):
+    """A type for Parser: one character, or its name."""
+    sep = {'tab': '\t', '\\t': '\t'}.get(text, text)
+    if is_separator(sep):
+        return sep
+    raise argparse.ArgumentTypeError(f'{text!r} is not one character, or tab')
+
+
+def table_flags(add, of='your own data', labels=True):
+    """How a user's files are read: the fields of tables.Format. labels: also of label columns."""
+    text = f'text column or key of {of} (default: guessed); title,body joins two'
+    add('--text_col', text, metavar='NAME')
+    if labels:
+        add('--label_col', f'label column or key of {of} (default: guessed)', metavar='NAME')
+        add('--drop_unlabelled', 'leave out rows without a label', bool)
+    text = f'separator of {of}: a character, or tab (default: found)'
+    add('--sep', text, separator, metavar='CHAR')
+    add('--encoding', f'of {of}, for example cp1252 (default: UTF-8)', metavar='NAME')
+
+
 def data_flags(p):
     add = group(p, 'data')
-    text = f'{", ".join(DATA_SETS)}, a .csv, .tsv or .jsonl file, or a folder with train.*'
+    text = f'{", ".join(DATA_SETS)}, a .csv, .tsv or .jsonl file (also .gz), or a folder of train.*'
     add('--data', text, absolute, 'sst2', 'NAME')
     add('--val', 'validation rows (default: held out from --data)', absolute, metavar='FILE')
     add('--test', 'test rows (default: those of --data, or held out)', absolute, metavar='FILE')
-    add('--text_col', 'text column or key of your own data (default: guessed)', metavar='NAME')
-    add('--label_col', 'label column or key of your own data (default: guessed)', metavar='NAME')
+    table_flags(add)
     add('--max_length', 'cut texts to N tokens; SST-2 has at most 65', positive, 128)
     add('--keep', 'which tokens of a longer text to keep', ('first', 'last'), 'first')
     old = dict(action=OldTruncate, dest='keep', choices=('head', 'tail'), help=argparse.SUPPRESS)
     p.add_argument('--truncate', default=argparse.SUPPRESS, **old)
-    add(
-        '--max_samples',
-        'train on at most N rows per class, picked with --seed (default: all)',
-        positive,
-    )
+    text = 'train on at most N rows per class, picked with --split_seed (default: all)'
+    add('--max_samples', text, positive)
     add('--balance', 'drop rows until all classes are as small as the smallest', bool)
+    text = 'random seed for the choice of rows: held-out splits, --max_samples, --balance, --quick'
+    add('--split_seed', text, int, 1337)
     text = 'search here before the cache and the network (default: $NANOCLS_DATA)'
     add('--data_dir', text, absolute, metavar='DIR')
 
@@ -105,7 +124,7 @@ def system_flags(p):
     add('--cuda_graphs', 'replay a graph per batch shape; single GPU, not benchmarked yet', bool)
     add('--gradient_checkpointing', 'recompute blocks in backward: less memory, more time', bool)
     add('--plain', 'run the plain model, without lib/fast.py and caches', bool)
-    add('--seed', 'random seed for split, order, init and dropout', int, 1337)
+    add('--seed', 'random seed for order, init and dropout', int, 1337)
     add('--out', 'run folder (default: runs/DATA-METHOD, numbered if taken)', metavar='DIR')
     add('--resume', 'resume the interrupted run in --out with its own flags', bool)
     add('--eval_every', 'steps between validations (default: a quarter of the run)', positive)

@@ -17,6 +17,7 @@ from lib import (
     files,
     peft,
     ranks,
+    rundata,
     runfolder,
     summary,
     training,
@@ -79,6 +80,8 @@ def begin(run, saved):
         problem = f'each class trains its own {next(iter(more))}, added by an edit'
         raise UserError(f'{problem}, so --posterior_steps cannot hold all classes in one model')
     files.make_folder(args.out)
+    run.leaked = list(classes.leaked(old, args, ds))
+    recorded = rundata.record(args.out, ds, saved, old)
 
     def base_info():
         with files.locked(args.out):
@@ -93,7 +96,7 @@ def begin(run, saved):
         info.update(data=args.data, seed=args.seed, labels=[] if args.pretrain else labels)
         info.update(base=ranks.from_rank_zero(base_info), folders=run.folders)
     info.update(rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')})
-    info.update(args=vars(args), versions=summary.versions())
+    info.update(recorded, args=vars(args), versions=summary.versions())
     info.update({} if args.pretrain else dict(prior=dict(zip(labels, run.prior.tolist()))))
     info.update(dict(prompts=run.prompts) if run.prompts else {})
     if 'base' not in old and not args.pretrain:  # there save_weights does, so that it has weights
@@ -103,8 +106,7 @@ def begin(run, saved):
 
 def notes(run):
     """Notes for a run that gets a class: what its results do not show."""
-    args, old = run.args, run.old
-    lines = list(classes.leaked(old, args, run.ds))
+    args, old, lines = run.args, run.old, run.leaked
     if args.class_id is not None and old['labels'] and old['args']['posterior_steps']:
         lines.append(
             'the other classes were trained on to the posterior, this one is not: '

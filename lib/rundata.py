@@ -1,22 +1,32 @@
-"""Data to score runs on: what a run was trained on, read again, and labels matched by name.
-Called by eval.py and lib/classes.py."""
+"""What a run was trained on: its data set read again and verified, hashes of its texts, and labels
+matched by name. Called by eval.py, lib/runfolder.py, lib/genrun.py and lib/classes.py.
 
+train_texts.bin in a run folder holds little-endian 64-bit hashes: of the training, validation and
+test rows, then of each training text, sorted."""
+
+import contextlib
+import hashlib
 import os
 
 import numpy as np
 
 import data
+from lib import files
 from lib.base import data_dir_of
 from lib.files import UserError
 from lib.report import listing
+from lib.tables import Format
+
+SPLITS = ('train', 'val', 'test')
 
 
 def own_data(info, data_dir=None):
     """The data set of a run (info: its run.json), split by the same seed; of a --quick run the
     same few rows. Raises UserError if it cannot be read any more."""
     args = info['args']
-    names = ('seed', 'val', 'test', 'text_col', 'label_col', 'max_samples', 'balance')
+    names = ('val', 'test', 'max_samples', 'balance')
     flags = {name: args[name] for name in names}
+    flags.update(seed=args['split_seed'], form=Format.of(args))
     try:
         ds = data.load(args['data'], data_dir=data_dir_of(info, '', data_dir), **flags)
     except UserError:
@@ -27,8 +37,116 @@ def own_data(info, data_dir=None):
             'it was trained in, or give its new path with --data'
         ) from None
     if args['quick']:
-        ds.val, ds.test = (data.cap(split, 100, args['seed']) for split in (ds.val, ds.test))
+        ds.val, ds.test = (data.cap(split, 100, args['split_seed']) for split in (ds.val, ds.test))
     return ds
+
+
+def form_of(info):
+    """How a run's own files were read, with the columns that were used, guessed or not."""
+    return Format.of({**info['args'], **(info.get('columns') or {})})
+
+
+# --- is it the same split? which texts were trained on? ---
+
+
+def hashed(parts):
+    """-> a 64-bit number for a list of strings"""
+    h = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        raw = part.encode('utf-8', 'surrogatepass')
+        h.update(len(raw).to_bytes(8, 'little') + raw)
+    return int.from_bytes(h.digest(), 'little')
+
+
+def hashes(ds):
+    """{split: hash of its texts and labels in order, 16 hexadecimal digits}"""
+    splits = {name: getattr(ds, name) for name in SPLITS}
+    rows = {name: [*s.texts, *(ds.labels[i] for i in s.y)] for name, s in splits.items()}
+    return {name: f'{hashed(parts):016x}' for name, parts in rows.items()}
+
+
+def text_hashes(texts):
+    return np.array([hashed([text]) for text in texts], '<u8')
+
+
+def stored(path):
+    """-> {split: hash}, sorted hashes of the training texts (n,), as record() wrote them in the run
+    folder; None, None if it did not."""
+    file = os.path.join(path, 'train_texts.bin')
+    if not os.path.isfile(file):
+        return None, None
+    raw = files.read_bytes(file)
+    if len(raw) % 8 or len(raw) < 8 * len(SPLITS):
+        raise UserError(f'{file} is damaged; restore it, or remove it: then no split is verified')
+    numbers = np.frombuffer(raw, '<u8')
+    n = len(SPLITS)
+    return {name: f'{int(x):016x}' for name, x in zip(SPLITS, numbers)}, np.sort(numbers[n:])
+
+
+def record(path, ds, saved=None, old=None):
+    """Write the hashes of a run that begins -> what run.json says of its data. saved: state of a
+    run to resume, which is verified instead. old: run.json of a run that gets a class."""
+    split = hashes(ds)
+    if saved:
+        check(path, stored(path)[0], ds, 'start a new run with another --out')
+    else:
+        texts = text_hashes(ds.train.texts)
+        if old and old.get('split'):  # its other classes were trained on these
+            texts = np.append(texts, stored(path)[1])
+        head = np.array([int(x, 16) for x in split.values()], '<u8')
+        content = np.concatenate([head, np.unique(texts)]).astype('<u8').tobytes()
+        files.write_atomic(os.path.join(path, 'train_texts.bin'), content)
+    form = ds.form
+    return dict(split=split, columns=dict(text_col=form.text_col, label_col=form.label_col))
+
+
+def check(path, split, ds, hint):
+    """Raise UserError if a split of the run in `path` is not what `split` says (None: unknown).
+    hint: the way out."""
+    changed = [name for name, value in hashes(ds).items() if split and split[name] != value]
+    if changed:
+        raise UserError(
+            f'{ds.name} has changed: its {" and ".join(changed)} rows are not those that {path} '
+            f'was trained with; restore it, or {hint}'
+        )
+
+
+def seen(path, texts):
+    """Which of these texts the run in `path` was trained on -> (n,) bool; None if the run keeps no
+    record."""
+    known = stored(path)[1]
+    return None if known is None else np.isin(text_hashes(texts), known)
+
+
+def overlap(args, infos, ds):
+    """Of each run, a line on how many of the texts that eval.py scores it was trained on, or None.
+    Raises UserError if runs are compared, one was trained on such texts, and ds does not have
+    these in both train and test itself. args: flags of eval.py."""
+    lines, texts = [], getattr(ds, args.split).texts
+    alone, several = args.test and not args.data, len(infos) > 1
+    own = set() if alone else set(ds.train.texts)
+    for path, info in zip(args.run, infos):
+        line = None
+        if not info['args']['data']:
+            line = 'not trained here: it may have seen these texts in training'
+        elif several or args.data or args.test:
+            line, were = 'trained on an unknown number of these texts', seen(path, texts)
+            if were is None:  # an older run
+                with contextlib.suppress(UserError):
+                    known = set(own_data(info, args.data_dir).train.texts)
+                    were = np.array([text in known for text in texts], bool)
+            if were is not None:
+                line = f'trained on {were.sum():,} of these {len(texts):,} texts'
+                unfair = sum(hit and text not in own for hit, text in zip(were, texts))
+                refuse = several and args.split != 'train' and not args.allow_seen
+                if unfair and refuse:
+                    raise UserError(
+                        f'{path} was trained on {unfair:,} of these {len(texts):,} texts of '
+                        f'{ds.name}: train the runs with the same --split_seed, score texts '
+                        'that are new to all (--test FILE), or add --allow_seen'
+                    )
+        lines.append(line)
+    return lines
 
 
 def match_labels(paths, infos, ds, y, out):

@@ -7,13 +7,14 @@ import re
 import shlex
 
 import lora
-from lib import base, checkpoints, files, ranks, summary
+from lib import base, checkpoints, files, ranks, rundata, summary
 from lib.checkpoints import NAMES
 from lib.files import UserError
 from lib.flags import METHODS
 from lib.foreign import elsewhere
 from lib.peft import extras, peft_names, save_peft
 from lib.tensors import save_safetensors
+from lib.textfiles import is_encoding, is_separator
 
 
 def free_folder(name, method):
@@ -41,6 +42,7 @@ def begin(args, ds, model, read, saved):
     info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed)
     info.update(labels=ds.labels, base=ranks.from_rank_zero(claim))
     info.update(rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')})
+    info.update(rundata.record(args.out, ds, saved))
     trained, total = lora.count(model)
     info.update(args=vars(args), parameters=dict(trainable=trained, total=total))
     return {**info, 'versions': summary.versions()}
@@ -107,6 +109,9 @@ def upgraded(args):
     """Flags of an older run, with the names of today."""
     args = {**args}
     args.setdefault('plain', False)
+    args.setdefault('split_seed', args.get('seed'))
+    for name, value in dict(sep=None, encoding=None, drop_unlabelled=False).items():
+        args.setdefault(name, value)
     if 'keep' not in args and 'truncate' in args:
         args['keep'] = dict(head='first', tail='last').get(str(args.pop('truncate')))
     return args
@@ -132,6 +137,16 @@ def optional(check):
     return lambda x: x is None or check(x)
 
 
+def columns(x):
+    names = isinstance(x, dict) and set(x) == {'text_col', 'label_col'}
+    return names and all(map(optional(TEXT), x.values()))
+
+
+def split(x):
+    names = isinstance(x, dict) and set(x) == set(rundata.SPLITS)
+    return names and all(isinstance(v, str) for v in x.values())
+
+
 def malformed(info):
     """The first field of a run.json, of those that a run is opened and scored by, that is not as a
     training script writes it; None if all are."""
@@ -148,6 +163,10 @@ def malformed(info):
         named = isinstance(base, dict) and TEXT(base.get('name')) and 'sha256' in base
         if not named or not optional(TEXT)(base['sha256']):
             return 'base'
+    if not optional(columns)(info.get('columns')):
+        return 'columns'
+    if not optional(split)(info.get('split')):
+        return 'split'
     checks = gen_fields(info, labels, method) if info.get('kind') == 'gen' else {}
     return next((name for name, valid in checks.items() if not valid), None)
 
@@ -156,6 +175,8 @@ def args_fields(method):
     """{flag: check of its value} of the flags in run.json that are used later."""
     names = ('data_dir', 'val', 'test', 'text_col', 'label_col')
     fields = dict.fromkeys(names, optional(TEXT))
+    fields.update(sep=optional(is_separator), encoding=optional(is_encoding), split_seed=INT)
+    fields.update(drop_unlabelled=BOOL)
     fields.update(max_length=COUNT, keep=lambda x: x in ('first', 'last'), data=TEXT, seed=INT)
     fields.update(max_samples=optional(COUNT), balance=BOOL, quick=BOOL)
     fields.update(dict(bottleneck=COUNT) if method == 'adapter' else {})

@@ -1,31 +1,54 @@
-"""A user's own files: CSV, TSV and JSONL with a text and a label per row. Called by data.py,
+"""A user's own tables: CSV, TSV and JSONL with a text and a label per row. Called by data.py,
 predict.py and eval.py."""
 
 import csv
 import io
+import itertools
 import json
 import os
+import re
+from typing import NamedTuple, Optional
 
 from lib import files
 from lib.files import UserError
+from lib.textfiles import ADVICE, KINDS, kind_of, opened, refuse_other
 
-KINDS = ('.csv', '.tsv', '.jsonl')
 STEMS = dict(train=('train', 'training'), val=('val', 'valid', 'validation', 'dev'))
 STEMS['test'] = ('test', 'testing')
 TEXT_NAMES = (
     'text sentence review message content comment body document tweet utterance sms'.split()
 )
 LABEL_NAMES = 'label labels class category target sentiment intent topic rating y'.split()
+SEPARATORS = (',', ';', '\t', '|')
 MAX_CLASSES = 5000  # their confusion matrix fills 0.2 GB
 MAX_FIELD = 2**31 - 1  # characters; csv's own limit refuses long documents, more overflows there
 
 
-def csv_records(f, path, delimiter):
+class Format(NamedTuple):
+    """How a user's files are read."""
+
+    text_col: Optional[str] = None  # None: guessed; 'title,body': joined with a space
+    label_col: Optional[str] = None
+    sep: Optional[str] = None  # None: found from the first rows
+    encoding: Optional[str] = None  # None: UTF-8
+    drop_unlabelled: bool = False
+    like: Optional['Format'] = None  # of a run's own file: taken where it fits, before a guess
+
+    @classmethod
+    def of(cls, flags, like=None):
+        """From a dict with these keys, such as vars(args); those that it lacks are None."""
+        return cls(**{k: flags[k] for k in cls._fields[:-1] if k in flags}, like=like)
+
+
+GUESSED = Format()
+
+
+def csv_records(f, path, delimiter, skipped=0):
     """Yield ('path, line N', fields) of each record. Strict: a quote that is never closed is an
-    error, not one huge field."""
+    error, not one huge field. skipped: lines that were read before."""
     reader = csv.reader(f, delimiter=delimiter, strict=True)
     while True:
-        where = f'{path}, line {reader.line_num + 1}'
+        where = f'{path}, line {skipped + reader.line_num + 1}'
         before = csv.field_size_limit(MAX_FIELD)
         try:
             record = next(reader, None)
@@ -40,18 +63,53 @@ def csv_records(f, path, delimiter):
             yield where, record
 
 
-def csv_rows(f, path, delimiter):
+def csv_rows(f, path, form, notes):
     """Yield ('path, line N', {column: field}) of each row below the header."""
-    columns = None
-    for where, fields in csv_records(f, path, delimiter):
+    columns, (sep, skipped) = None, separator(f, kind_of(path), form)
+    for where, fields in csv_records(f, path, sep, skipped):
         if columns is None:
-            columns = [c.strip() for c in fields]
+            # without a name: the index that pandas writes
+            columns = [c.strip() or f'column {i}' for i, c in enumerate(fields, 1)]
+            twice = sorted({c for c in columns if columns.count(c) > 1})
+            notes += [f'{path} has the column {c!r} twice; the last one is read' for c in twice]
         elif len(fields) != len(columns):
             why = f'the row has {len(fields)} fields and the header {len(columns)}'
             hint = 'complete the row, or put quotes around a text that holds the separator'
             raise UserError(f'{where}: {why}; {hint}')
         else:
             yield where, dict(zip(columns, fields))
+
+
+def separator(f, kind, form):
+    """-> the separator of an open .csv or .tsv file, and how many lines to skip: 1 if the first is
+    Excel's `sep=;`. Leaves f behind that line."""
+    head = f.read(1 << 16)
+    f.seek(0)
+    excel = re.match(r'"?sep=([^"\r\n])"?(\r\n|\r|\n|$)', head, re.IGNORECASE)
+    if excel:
+        f.readline()
+        return form.sep or excel[1], 1
+    if form.sep:
+        return form.sep, 0
+    header, usual = head.lstrip('\r\n').partition('\n')[0], '\t' if kind == '.tsv' else ','
+    first = [form.like.sep] if form.like and form.like.sep else []
+    found = [c for c in dict.fromkeys([*first, usual, *SEPARATORS]) if c in header]
+    for c in found if len(found) > 1 else ():
+        if is_consistent(head, c):
+            return c, 0
+    return usual if usual in found or not found else max(found, key=header.count), 0
+
+
+def is_consistent(head, sep):
+    """Do the first rows have as many fields as the header, and more than one?"""
+    widths = []
+    try:
+        reader = csv.reader(io.StringIO(head, newline=''), delimiter=sep, strict=True)
+        widths += (len(fields) for fields in itertools.islice(reader, 20) if fields)
+    except csv.Error:  # the end of head may be inside a record
+        pass
+    whole = widths if len(head) < 1 << 16 else widths[:-1]
+    return len(set(whole)) == 1 and whole[0] > 1
 
 
 def json_rows(f, path):
@@ -70,70 +128,100 @@ def json_rows(f, path):
             yield where, row
 
 
-def rows_of(f, path, kind):
+def rows_of(f, path, form, notes):
     """Rows of an open .csv, .tsv or .jsonl file, as csv_rows and json_rows yield them."""
-    if kind == '.jsonl':
-        return json_rows(f, path)
-    return csv_rows(f, path, ',' if kind == '.csv' else '\t')
+    if kind_of(path) != '.jsonl':
+        return csv_rows(f, path, form, notes)
+    if form.sep:
+        raise UserError(f'--sep does nothing with {path}, a .jsonl file; leave it out')
+    return json_rows(f, path)
 
 
-def read_table(path, text_col=None, label_col=None):
-    """One .csv or .tsv (header, standard quoting) or .jsonl file -> (rows, text_col, label_col);
-    a row is (text, label)."""
-    kind = os.path.splitext(path)[1].lower()
-    if kind not in KINDS:
-        raise UserError(f'{path}: expected a file that ends in {", ".join(KINDS)}')
-    # newline='': line ends inside quotes stay as they are
-    f = io.StringIO(files.decode(files.read_bytes(path), path), newline='')
-    table = list(rows_of(f, path, kind))
+def open_as(path, form, newline=''):
+    """A user's file, open in the encoding of form."""
+    return opened(path, form.encoding, form.like and form.like.encoding, newline)
+
+
+def read_table(path, form=GUESSED, notes=None):
+    """One .csv or .tsv (header, standard quoting) or .jsonl file -> its rows, form with the columns
+    that were read; a row is (text, label). Appends to notes."""
+    refuse_other(path)
+    notes = [] if notes is None else notes
+    if kind_of(path) not in KINDS:
+        raise UserError(f'{path}: expected a file that ends in {", ".join(KINDS)}, or in .gz after')
+    with open_as(path, form) as f:  # line ends inside quotes stay as they are
+        table = list(rows_of(f, path, form, notes))
     if not table:
-        below = '' if kind == '.jsonl' else ' below a header'
+        below = '' if kind_of(path) == '.jsonl' else ' below a header'
         raise UserError(f'{path} is empty: it has no rows; add some{below}')
-    text_col, label_col = pick_columns(path, table, text_col, label_col)
-    rows = []
+    text_col, label_col = pick_columns(path, table, form)
+    text_cols, rows, missing = parts(text_col, table[0][1]), [], []
     for where, r in table:
         y = r.get(label_col)
         y = json.dumps(y) if isinstance(y, int) else y  # 1 -> '1', True -> 'true'
-        if not isinstance(y, str) or not y.strip():
-            why = 'is not a string, whole number or true/false, or is empty'
-            raise UserError(f'{where}: the label {label_col!r} {why}')
-        rows.append((text_of(where, r, text_col), mend(y).strip()))
-    return rows, text_col, label_col
+        if y is None or y == '' or isinstance(y, str) and not y.strip():
+            missing.append(where)
+        elif not isinstance(y, str):
+            raise UserError(f'{where}: the label {label_col!r} is no string or whole number')
+        else:
+            rows.append((text_of(where, r, text_cols), mend(y).strip()))
+    if missing and not (form.drop_unlabelled and rows):
+        why = f'is missing, as in {len(missing):,} of {len(table):,} rows'
+        hint = 'complete them, or leave them out with --drop_unlabelled'
+        raise UserError(f'{missing[0]}: the label {label_col!r} {why}; {hint}')
+    notes += [f'{len(missing):,} rows of {path} without a label dropped'] * bool(missing)
+    return rows, form._replace(text_col=text_col, label_col=label_col)
 
 
-def text_of(where, row, text_col):
-    if not isinstance(row.get(text_col), str):
-        why = f'the text {text_col!r} is missing or no string; give every row one'
-        raise UserError(f'{where}: {why}')
-    return mend(row[text_col])
+def text_of(where, row, text_cols):
+    for col in text_cols:
+        if not isinstance(row.get(col), str):
+            why = f'the text {col!r} is missing or no string; give every row one'
+            raise UserError(f'{where}: {why}')
+    return mend(' '.join(row[c] for c in text_cols if row[c] or len(text_cols) == 1))
 
 
-def read_texts(path, text_col=None):
-    """Yield the texts of a file one by one: the text column of .csv / .tsv, the text key of .jsonl,
-    every line of any other file."""
-    kind = os.path.splitext(path)[1].lower()
-    try:
-        newline = '' if kind in ('.csv', '.tsv') else None
-        with open(path, encoding='utf-8-sig', newline=newline) as f:
-            if kind not in KINDS:
-                yield from (line.rstrip('\n') for line in f)
-                return
-            for where, row in rows_of(f, path, kind):
-                text_col = text_col or only_text(list(row))
-                if text_col not in row:
-                    why = f'there is no column {text_col or "text"!r}'
-                    have = f'it has {", ".join(map(repr, row))}; name one with --text_col'
-                    raise UserError(f'{where}: {why}: {have}')
-                yield text_of(where, row, text_col)
-    except OSError as e:
-        raise UserError(f'cannot read {path}: {e.strerror}; check the path') from None
-    except UnicodeDecodeError as e:
-        byte = f'byte 0x{e.object[e.start]:02x}'
-        raise UserError(f'{path} is not UTF-8 ({byte}); save it as UTF-8') from None
+def read_rows(path, form=GUESSED):
+    """Yield ({column: field}, text) of a file, one by one: the text column of .csv / .tsv, the text
+    key of .jsonl; every line of any other file as ({'text': line}, line)."""
+    refuse_other(path)
+    text_cols, tabular = None, kind_of(path) in KINDS
+    with open_as(path, form, '' if tabular else None) as f:
+        if not tabular:
+            lines = (line.rstrip('\n') for line in f)
+            yield from (({'text': line}, line) for line in lines)
+            return
+        for where, row in rows_of(f, path, form, []):
+            text_cols = text_cols or only_text(where, row, form)
+            yield row, text_of(where, row, text_cols)
 
 
-def only_text(columns):
-    return columns[0] if len(columns) == 1 else usual(columns, TEXT_NAMES)
+def read_texts(path, form=GUESSED):
+    """Yield the texts of a file one by one, as read_rows finds them."""
+    return (text for _, text in read_rows(path, form))
+
+
+def only_text(where, columns, form):
+    """-> the text columns: those asked for, those of form.like, or the one with a usual name."""
+    asked = form.text_col or remembered(columns, form, 'text_col')
+    if not asked:
+        asked = next(iter(columns)) if len(columns) == 1 else usual(columns, TEXT_NAMES)
+    if not asked or not set(parts(asked, columns)) <= set(columns):
+        why = f'there is no column {asked or "text"!r}'
+        have = f'it has {", ".join(map(repr, columns))}; name one with --text_col'
+        raise UserError(f'{where}: {why}: {have}')
+    return parts(asked, columns)
+
+
+def parts(col, columns):
+    """-> the columns that a name stands for: several of 'title,body', if none has that name."""
+    return [col] if col in columns or ',' not in col else [c.strip() for c in col.split(',')]
+
+
+def remembered(columns, form, which):
+    """The text or label column of the run's own file if this one has it, else None."""
+    col = getattr(form.like, which) if form.like else None
+    return col if col and set(parts(col, columns)) <= set(columns) else None
 
 
 def mend(text):
@@ -147,26 +235,30 @@ def usual(columns, names):
     return next((c for n in names for c in columns if c.lower() == n), None)
 
 
-def pick_columns(path, table, text_col, label_col):
-    """-> the columns asked for; else those with a usual name; else, of two columns, the one with
-    fewer values is the label."""
+def pick_columns(path, table, form):
+    """-> text column, label column: those asked for; else those of form.like; else those with a
+    usual name; else, of two columns, the one with fewer values is the label."""
     columns = list(table[0][1])
-    have = (
-        f'it has {", ".join(map(repr, columns))}; name two of them with --text_col and --label_col'
-    )
-    for col in (text_col, label_col):
+    names = f'it has {", ".join(map(repr, columns))}'
+    have = f'{names}; name two of them with --text_col and --label_col'
+    asked = parts(form.text_col, columns) if form.text_col else []
+    for col in (*asked, form.label_col):
         if col and col not in columns:
             raise UserError(f'{path} has no column {col!r}: {have}')
-    t = text_col or usual([c for c in columns if c != label_col], TEXT_NAMES)
-    y = label_col or usual([c for c in columns if c != t], LABEL_NAMES)
-    if len(columns) == 2 and not (t and y):
-        values = [{str(r.get(c)) for _, r in table} for c in columns]
+    t, y = form.text_col, form.label_col
+    t = t or remembered(columns, form, 'text_col')
+    y = y or remembered(columns, form, 'label_col')
+    t = t or usual([c for c in columns if c != y], TEXT_NAMES)
+    y = y or usual([c for c in columns if not t or c not in parts(t, columns)], LABEL_NAMES)
+    named = [c for i, c in enumerate(columns, 1) if c != f'column {i}']
+    if len(named) == 2 and not (t and y) and (not t or t in named):
+        values = [{str(r.get(c)) for _, r in table} for c in named]
         if not (t or y):
-            if any(c in v for c, v in zip(columns, values)):
+            if any(c in v for c, v in zip(named, values)):
                 why = 'seems to have no header: its first line looks like a row'
                 raise UserError(f'{path} {why}; put text,label above')
-            y = columns[len(values[0]) >= len(values[1])]
-        other = columns[columns[0] == (t or y)]
+            y = named[len(values[0]) >= len(values[1])]
+        other = named[named[0] == (t or y)]
         t, y = t or other, y or other
     if not (t and y):
         which = 'label' if t else 'text'
@@ -174,13 +266,13 @@ def pick_columns(path, table, text_col, label_col):
     return t, y
 
 
-def read_own(path, text_col, label_col):
-    """A user's file or folder -> ({split: rows}, text_col, label_col)"""
+def read_own(path, form=GUESSED, notes=None):
+    """A user's file or folder -> {split: rows}, form with the columns that were read"""
     paths = {} if os.path.isdir(path) else {'train': path}
     for file in sorted(os.listdir(path)) if os.path.isdir(path) else ():
-        stem, kind = os.path.splitext(file.lower())
+        kind, stem = kind_of(file), os.path.splitext(re.sub(r'\.gz$', '', file.lower()))[0]
         for split in STEMS:
-            if stem in STEMS[split] and kind in KINDS:
+            if stem in STEMS[split] and (kind in KINDS or split == 'train' and kind in ADVICE):
                 if split in paths:
                     both = f'{os.path.basename(paths[split])} and {file}'
                     raise UserError(f'{path} has both {both}; keep one of them')
@@ -190,5 +282,5 @@ def read_own(path, text_col, label_col):
         raise UserError(f'{path} {why}; add one, or name a file')
     rows = {}
     for split in [s for s in STEMS if s in paths]:  # train first: the others use its columns
-        rows[split], text_col, label_col = read_table(paths[split], text_col, label_col)
-    return rows, text_col, label_col
+        rows[split], form = read_table(paths[split], form, notes)
+    return rows, form

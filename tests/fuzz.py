@@ -34,7 +34,7 @@ from lib.prompts import prompts_of
 from lib.resume import load_resume, restore, save_resume
 from lib.rundata import own_data
 from lib.runfolder import read_run, save_weights
-from lib.tables import read_own, read_texts
+from lib.tables import Format, read_own, read_texts
 from lib.tensors import load_bin, load_safetensors, save_safetensors
 from lib.tokens import tokenize, tokenizer
 from lib.training import Log
@@ -320,8 +320,8 @@ def fuzz_csv(folder, sep=','):
                 lambda: data.load(path),
                 lambda: data.load(path),
                 lambda: list(read_texts(path)),
-                lambda: data.load(path, text_col='n', label_col='label'),
-                lambda: read_own(folder, None, None),
+                lambda: data.load(path, form=Format('n', 'label')),
+                lambda: read_own(folder),
             )
         )
 

@@ -12,6 +12,7 @@ from lib.files import UserError, cached, read_json
 from lib.metrics import softmax
 from lib.rundata import own_data
 from lib.runs import open_run
+from lib.tables import Format
 from lib.tokens import Tokens, tokenize, tokenizer
 from tests.helpers import (
     TINY,
@@ -211,7 +212,7 @@ def test_own_file_errors():
     bad('x.csv', head + '"never closed,b\nmore,a\nmore,b\n', 'line 3: the record that begins here')
     bad('x.csv', head + '"a"b,c\n', 'line 3')
     bad('x.csv', head.encode() + b'caf\xe9,b\n', 'line 3: byte 0xe9 is not UTF-8')
-    bad('x.csv', b'\xff\xfet\x00e\x00', 'line 1: byte 0xff')
+    bad('x.csv', b'\xff\xfet\x00e\x00', 'looks like UTF-16; give --encoding utf-16')
     bad('x.csv', head + 'good,\n', 'line 3: the label')
     bad('x.jsonl', '{"text": "a", "label": "b"}\n{"text": "a", "lab', 'line 2: not valid JSON')
     bad('x.jsonl', '{"text": "a", "label": "b"}\n["a", "b"]', 'line 2: not a JSON object')
@@ -228,7 +229,7 @@ def test_own_file_errors():
     bad('x.csv', table(), "no column 'text'", val=write('t.csv', 'body,label\nperhaps,yes\n'))
     bad('x.csv', table(), 'cannot read', val='/nowhere/v.csv')
     raises(UserError, data.load, 'sst3', match='there is no data set')
-    raises(UserError, lambda: data.load('demo', text_col='x'), match='--text_col')
+    raises(UserError, lambda: data.load('demo', form=Format('x')), match='--text_col')
     raises(UserError, lambda: data.load('sst2', data_dir='/nowhere'), match='--data_dir')
 
 

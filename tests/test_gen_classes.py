@@ -39,7 +39,9 @@ from tests.helpers import (
 def test_gen_class_by_class_equals_the_joint_run():
     out, text = generate(*over_base(*QUICKLY), '--class_id', '0')
     assert 'it lacks the classes numbers' in text
-    assert sorted(os.listdir(out)) == ['animals', 'base', 'log.jsonl', 'run.json']
+    assert sorted(os.listdir(out)) == [
+        *('animals', 'base', 'log.jsonl', 'run.json', 'train_texts.bin')
+    ]
     raises(UserError, open_run, out, match="lacks the class 'numbers'")
     later = copied(out)
     generate('--class_id', 'numbers', out=out)  # its flags are the run's
@@ -254,7 +256,7 @@ def test_gen_folder_names():
     )
     run = open_run(out, 'cpu', 'fp32')
     assert sorted(run.labels) == sorted(labels) and run.logits(['cat']).shape == (1, 3)
-    assert len(os.listdir(out)) == 4 + 5
+    assert len(os.listdir(out)) == 4 + 6
 
 
 def test_classes_trained_by_several_processes_at_once():

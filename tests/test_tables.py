@@ -3,7 +3,7 @@
 import os
 
 from lib.files import UserError
-from lib.tables import read_table, read_texts
+from lib.tables import Format, read_table, read_texts
 from tests.helpers import raises, tmp, write
 
 
@@ -24,7 +24,9 @@ def test_csv_oddities():
 
 def test_columns():
     def columns(header, rows, *asked):
-        return read_table(write('c.csv', header + '\n' + '\n'.join(rows) + '\n'), *asked)[1:]
+        return read_table(write('c.csv', header + '\n' + '\n'.join(rows) + '\n'), Format(*asked))[
+            1
+        ][:2]
 
     rows = ['first,a,1', 'second,b,2', 'third,a,3']
     assert columns('Text,Label,id', rows) == ('Text', 'Label')
@@ -37,7 +39,7 @@ def test_columns():
     path = write('c.csv', 'q,kind,id\n' + '\n'.join(rows))
     e = raises(UserError, read_table, path, match='--text_col')
     assert "'q', 'kind', 'id'" in str(e)
-    e = raises(UserError, read_table, path, 'body', match="no column 'body'")
+    e = raises(UserError, read_table, path, Format('body'), match="no column 'body'")
     assert "'q', 'kind', 'id'" in str(e)
     bare = write('c.csv', 'good film,pos\nbad film,neg\nnice film,pos\n')
     raises(UserError, read_table, bare, match='no header')
@@ -45,7 +47,7 @@ def test_columns():
 
 def test_streams():
     def texts(name, content, *column):
-        return list(read_texts(write(name, content), *column))
+        return list(read_texts(write(name, content), Format(*column)))
 
     csv = 'id,text\n1,"a\nb"\n2,c\n'
     assert texts('s.csv', csv) == ['a\nb', 'c']

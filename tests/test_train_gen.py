@@ -146,10 +146,12 @@ def test_gen_pretrain():
     out = pretrained()
     info = read_json(os.path.join(out, 'run.json'))
     assert info['kind'] == 'lm' and info['labels'] == []
-    assert set(os.listdir(out)) == {'run.json', 'config.json', 'model.safetensors', 'log.jsonl'}
+    assert set(os.listdir(out)) == {
+        *('run.json', 'config.json', 'model.safetensors', 'log.jsonl', 'train_texts.bin')
+    }
     log = [r['val_loss'] for r in records(out) if 'val_loss' in r]
     assert log[-1] < 0.6 * log[0] and min(log) == info['results']['val_loss']
-    flags = ('seed', 'data_dir', 'val', 'test', 'text_col', 'label_col', 'max_samples', 'balance')
+    flags = ('data_dir', 'val', 'test', 'max_samples', 'balance')
     flags = {name: info['args'][name] for name in flags}
     texts, val_texts, _ = data.load_texts(info['data'], **flags)
     assert len(val_texts) == 32 and len(texts) == 288 and not set(texts) & set(val_texts)

@@ -1,0 +1,48 @@
+"""What is odd about the rows of a user's own files: one note each, nothing is changed. Called by
+data.py."""
+
+import collections
+import re
+
+NO_LABELS = ('nan', 'none', 'null', 'n/a', 'na')  # what programs write for a missing value
+MANY = 20  # numbers as class names: ratings have fewer
+
+
+def notes(rows, labels):
+    """rows: {split: [(text, label)]}, labels in order -> notes"""
+    every = [row for split in rows.values() for row in split]
+    return [*of_texts(every), *of_labels(every, labels)]
+
+
+def of_texts(rows):
+    empty = sum(not text.strip() for text, _ in rows)
+    if empty:
+        yield f'{empty:,} {"text is" if empty == 1 else "texts are"} empty'
+    by_text = collections.defaultdict(set)
+    for text, label in rows:
+        by_text[text].add(label)
+    torn = [text for text, found in by_text.items() if len(found) > 1 and text.strip()]
+    if torn:
+        first, several = torn[0], 'text has' if len(torn) == 1 else 'texts have'
+        shown = first[:40] + '...' * (len(first) > 40)
+        names = ', '.join(map(repr, sorted(by_text[first])[:4]))
+        yield f'{len(torn):,} {several} more than one label, for example {shown!r}: {names}'
+
+
+def of_labels(rows, labels):
+    counts = collections.Counter(label for _, label in rows)
+    for label in labels:
+        if label.lower() in NO_LABELS:
+            yield f'{counts[label]:,} rows have the label {label!r}, here a class like any other'
+    alike = collections.defaultdict(list)
+    for label in labels:
+        alike[' '.join(label.split()).casefold()].append(label)
+    for same in alike.values():
+        if len(same) > 1:
+            names = ', '.join(map(repr, same))
+            yield f'the labels {names} differ only by case or spaces, and are classes of their own'
+    numbers = [float(x) for x in labels if re.fullmatch(r'[+-]?\d{1,18}(\.\d{1,18})?', x)]
+    fractions = any(not x.is_integer() for x in numbers)
+    if len(numbers) == len(labels) and (fractions or len(numbers) > MANY):
+        why = 'each is a class of its own, and no number is predicted'
+        yield f'the {len(labels):,} labels look like numbers: {why}'
