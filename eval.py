@@ -8,7 +8,7 @@
     python eval.py --preds preds.json --labels labels.json    the predictions of any program
 
 A single run on the test split of its own data also updates RUN/eval_results.json, unless
---calibrated, --device, --dtype or --plain is given.
+--eval_samples, --calibrated, --device, --dtype or --plain is given.
 """
 
 from lib import start
@@ -33,7 +33,7 @@ from lib.seeds import by_method, by_seed
 # score() imports what needs torch: --preds runs without it
 READING = ('text_col', 'label_col', 'sep', 'encoding', 'drop_unlabelled')  # tables.Format
 LOADING = ('data', 'split', 'val', 'test', *READING, 'data_dir', 'allow_seen')
-SCORING = ('calibrated', 'device', 'dtype', 'plain')
+SCORING = ('eval_samples', 'calibrated', 'device', 'dtype', 'plain')
 
 
 def parse(argv):
@@ -48,6 +48,7 @@ def parse(argv):
     add = cli.group(p, 'data')
     add('--data', "data set name, file or folder (default: the first run's own)", metavar='NAME')
     add('--split', 'which split to score', ('test', 'val', 'train'), 'test')
+    add('--eval_samples', 'score N of its rows, stratified (default: all)', cli.positive)
     add('--val', 'validation rows for --data', metavar='FILE')
     add('--test', 'test rows for --data; alone: score every row of FILE', metavar='FILE')
     flags.table_flags(add, '--data or --test')
@@ -123,6 +124,9 @@ def load(args, infos):
         rundata.check(args.run[0], infos[0].get('split'), ds, hint)
     if not len(getattr(ds, args.split).y):
         raise UserError(f'--split {args.split} of {ds.name} has no rows: choose another split')
+    if args.eval_samples:
+        rows = rundata.some_rows(getattr(ds, args.split), args.eval_samples, first['split_seed'])
+        setattr(ds, args.split, rows)
     return ds
 
 

@@ -40,6 +40,7 @@ from lib.metrics import metrics, softmax
 from lib.predictions import write_predictions
 from lib.report import counted, report
 from lib.resume import load_resume, restore, save_resume
+from lib.rundata import shorten
 from lib.scoring import class_logits
 from lib.tokens import tokenize, tokenizer, tokenizer_name
 
@@ -89,8 +90,7 @@ def load(args, given, saved):
 
     with ranks.first_of_machine():
         ds, model, enc = flags.or_demo(get, args, given, saved)  # the demo if there is no network
-    if args.quick:
-        ds.val, ds.test = (data.cap(split, 100, args.split_seed) for split in (ds.val, ds.test))
+    shorten(ds, vars(args))  # --quick, --eval_samples
     room = model.cfg.block_size - (args.prompt or 0)
     if args.max_length > room and 'max_length' in given:
         taken = f', and --prompt takes {args.prompt} of them' if args.prompt else ''

@@ -34,6 +34,7 @@ from lib.predictions import write_predictions
 from lib.prompts import prompts_of
 from lib.report import counted, report
 from lib.resume import restore, save_resume
+from lib.rundata import shorten
 from lib.scoring import ends_here, scored_lengths, text_logprobs
 from lib.tokens import tokenize, tokenizer, tokenizer_name
 
@@ -131,8 +132,7 @@ def load(args, given, saved):
     with ranks.first_of_machine():
         insist = saved or args.class_id is not None
         ds, model, enc = flags.or_demo(get, args, given, insist)  # the demo if there is no network
-    if args.quick:
-        ds.val, ds.test = (data.cap(split, 100, args.split_seed) for split in (ds.val, ds.test))
+    shorten(ds, vars(args))  # --quick, --eval_samples
     k, prompts = len(ds.labels), None
     counts = np.bincount(ds.train.y, minlength=k)
     prior = counts / counts.sum() if args.prior == 'counts' else np.full(k, 1 / k)

@@ -128,6 +128,8 @@ def system_flags(p):
     add('--out', 'run folder (default: runs/DATA-METHOD, numbered if taken)', metavar='DIR')
     add('--resume', 'resume the interrupted run in --out with its own flags', bool)
     add('--eval_every', 'steps between validations (default: a quarter of the run)', positive)
+    text = 'validate on N rows of the validation split, stratified (default: all)'
+    add('--eval_samples', text, positive)
     add('--log_every', 'steps between log lines', positive, 20)
     add('--quick', 'a trial: 100 rows per class of each split, one epoch', bool)
 

@@ -1,5 +1,6 @@
 """What a run was trained on: its data set read again and verified, hashes of its texts, and labels
-matched by name. Called by eval.py, lib/runfolder.py, lib/genrun.py and lib/classes.py.
+matched by name. Called by eval.py, both train scripts, lib/runfolder.py, lib/genrun.py and
+lib/classes.py.
 
 train_texts.bin in a run folder holds little-endian 64-bit hashes: of the training, validation and
 test rows, then of each training text, sorted."""
@@ -36,9 +37,34 @@ def own_data(info, data_dir=None):
             f'{args["data"]}, the training data of this run, is not there: start from the folder '
             'it was trained in, or give its new path with --data'
         ) from None
+    return shorten(ds, args)
+
+
+def shorten(ds, args):
+    """Cut the splits that a run is scored on by its flags: --quick to 100 rows per class of val and
+    test, --eval_samples N to N rows of val. -> ds"""
     if args['quick']:
         ds.val, ds.test = (data.cap(split, 100, args['split_seed']) for split in (ds.val, ds.test))
+    if args['eval_samples']:
+        ds.val = some_rows(ds.val, args['eval_samples'], args['split_seed'])
     return ds
+
+
+def some_rows(split, n, seed):
+    """A Split of at most n rows, drawn by seed: in the proportions of the classes, at least one row
+    of each. Raises UserError if n is less than the number of classes."""
+    classes, have = np.unique(split.y, return_counts=True)
+    if n >= len(split.y):
+        return split
+    if n < len(classes):
+        why = f'is less than the {len(classes)} classes of these rows'
+        raise UserError(f'--eval_samples {n} {why}: give {len(classes)} or more')
+    rest = np.cumsum(have - 1) * ((n - len(classes)) / (len(split.y) - len(classes)))
+    counts = 1 + np.diff(np.round(rest), prepend=0).astype(int)  # sum is n
+    rng = np.random.RandomState(seed % 2**32)
+    rows = [rng.permutation(np.flatnonzero(split.y == c))[:k] for c, k in zip(classes, counts)]
+    kept = np.sort(np.concatenate(rows))
+    return data.Split([split.texts[i] for i in kept], split.y[kept])
 
 
 def form_of(info):

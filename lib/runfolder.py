@@ -110,8 +110,9 @@ def upgraded(args):
     args = {**args}
     args.setdefault('plain', False)
     args.setdefault('split_seed', args.get('seed'))
-    for name, value in dict(sep=None, encoding=None, drop_unlabelled=False).items():
-        args.setdefault(name, value)
+    args.setdefault('drop_unlabelled', False)
+    for name in ('sep', 'encoding', 'eval_samples'):
+        args.setdefault(name, None)
     if 'keep' not in args and 'truncate' in args:
         args['keep'] = dict(head='first', tail='last').get(str(args.pop('truncate')))
     return args
@@ -178,7 +179,9 @@ def args_fields(method):
     fields.update(sep=optional(is_separator), encoding=optional(is_encoding), split_seed=INT)
     fields.update(drop_unlabelled=BOOL)
     fields.update(max_length=COUNT, keep=lambda x: x in ('first', 'last'), data=TEXT, seed=INT)
-    fields.update(max_samples=optional(COUNT), balance=BOOL, quick=BOOL)
+    fields.update(
+        max_samples=optional(COUNT), eval_samples=optional(COUNT), balance=BOOL, quick=BOOL
+    )
     fields.update(dict(bottleneck=COUNT) if method == 'adapter' else {})
     fields.update(dict(direct=BOOL) if method == 'zero_shot' else {})
     return fields

@@ -15,7 +15,24 @@ import lib.runs
 from lib.files import UserError, read_json, write_atomic, write_json
 from lib.metrics import reliability
 from lib.plots import read_log
-from tests.helpers import close, copied, dump, patched, raises, run_eval, skip, tiny_run, tmp
+from lib.rundata import some_rows
+from lib.runfolder import upgraded
+from tests.helpers import (
+    SHAPE,
+    TINY,
+    close,
+    copied,
+    dump,
+    generate,
+    patched,
+    raises,
+    run_eval,
+    skip,
+    tiny_run,
+    tmp,
+    topics,
+    train,
+)
 
 
 def random_case(n=500, k=5, seed=0):
@@ -383,3 +400,52 @@ def test_run_that_cannot_be_written():
     assert text == want and 'accuracy' in text
     notes = [line for line in err.splitlines() if line.startswith('note: ')]
     assert len(notes) == 1 and f'{path} cannot be written' in notes[0], err
+
+
+def test_some_rows():
+    """--eval_samples: N rows in the proportions of the classes, one of each at least, the same ones
+    each time."""
+    y = np.array([0] * 700 + [1] * 280 + [2] * 18 + [4] * 2)
+    split = data.Split([str(i) for i in range(1000)], y)
+    for n in (4, 5, 37, 100, 999):
+        some = some_rows(split, n, 1)
+        counts = np.bincount(some.y, minlength=5)
+        assert len(some.y) == n and counts[3] == 0 and (counts[[0, 1, 2, 4]] >= 1).all(), counts
+        assert (counts <= np.bincount(y)).all() and abs(counts[0] - 0.7 * n) <= 2.1, (n, counts)
+        assert (y[[int(t) for t in some.texts]] == some.y).all()
+        assert some.texts == sorted(set(some.texts), key=int)
+        assert some.texts == some_rows(split, n, 1).texts
+    assert some_rows(split, 100, 1).texts != some_rows(split, 100, 2).texts
+    assert some_rows(split, 1000, 1) is split and some_rows(split, 10**6, 1) is split
+    raises(UserError, some_rows, split, 3, 1, match='--eval_samples 3 is less than the 4 classes')
+
+
+def test_eval_samples():
+    """eval.py --eval_samples N scores N rows and leaves eval_results.json alone; a run keeps its
+    own N, validates on them, and is tested on all."""
+    y = np.arange(90) % 3
+    with fake_world(['a', 'b', 'c'], y):
+        run = fake_run(['a', 'b', 'c'], np.eye(3)[y])
+        text, _ = run_eval([run, '--eval_samples', '12'])
+        assert ', 12 texts' in text and 'accuracy 1.0000' in text, text
+        assert not os.path.exists(os.path.join(run, 'eval_results.json'))
+        raises(UserError, run_eval, [run, '--eval_samples', '2'], match='2 is less than the 3')
+        for wrong in ('0', '-3', '1.5', 'many'):
+            raises(UserError, run_eval, [run, '--eval_samples', wrong], match='above 0')
+    both = ['--preds', 'x', '--labels', 'y', '--eval_samples', '9']
+    raises(UserError, run_eval, both, match='--eval_samples has no meaning with --preds')
+    flags = [*TINY, '--head', '--max_steps', '2', '--eval_samples', '20']
+    out, text = train(*flags)
+    assert '20 validation, 200 test' in text, text
+    assert len(read_json(os.path.join(out, 'val_preds.json'))) == 20
+    info = read_json(os.path.join(out, 'run.json'))
+    assert info['args']['eval_samples'] == info['rows']['val'] == 20
+    assert read_json(os.path.join(out, 'eval_results.json'))['n'] == 200
+    scored = run_eval([out, '--split', 'val', '--dtype', 'fp32'])[0]
+    assert ', 20 texts' in scored, scored  # the same rows
+    raises(UserError, train, *flags[:-1], '1', match='--eval_samples 1 is less than the 2 classes')
+    out = generate('--data', topics(), *SHAPE, '--full', '--max_steps', 2, '--eval_samples', 6)[0]
+    assert len(read_json(os.path.join(out, 'val_preds.json'))) == 6
+    assert read_json(os.path.join(out, 'eval_results.json'))['n'] > 6
+    del info['args']['eval_samples']  # of an older version
+    assert upgraded(info['args'])['eval_samples'] is None
