@@ -8,7 +8,7 @@
     python eval.py --preds preds.json --labels labels.json    the predictions of any program
 
 A single run on the test split of its own data also updates RUN/eval_results.json, unless
---eval_samples, --calibrated, --device, --dtype or --plain is given.
+--eval_samples, --rule, --windows, --device, --dtype or --plain is given.
 """
 
 from lib import start
@@ -33,7 +33,7 @@ from lib.seeds import by_method, by_seed
 # score() imports what needs torch: --preds runs without it
 READING = ('text_col', 'label_col', 'sep', 'encoding', 'drop_unlabelled')  # tables.Format
 LOADING = ('data', 'split', 'val', 'test', *READING, 'data_dir', 'allow_seen')
-SCORING = ('eval_samples', 'calibrated', 'device', 'dtype', 'plain')
+SCORING = ('eval_samples', 'rule', 'windows', 'device', 'dtype', 'plain')
 
 
 def parse(argv):
@@ -55,10 +55,13 @@ def parse(argv):
     text = 'compare runs although one was trained on texts that are scored'
     add('--allow_seen', text, bool)
     add('--data_dir', "search here before the cache (default: the run's)", metavar='DIR')
+    text = 'read long texts whole, in overlapping windows (default: --max_length tokens of them)'
+    add('--windows', text, bool)
     add = cli.group(p, 'several seeds')
     add('--mean', 'runs that differ in --seed alone are one method: means, methods compared', bool)
     add = cli.group(p, 'generative runs')
-    add('--calibrated', "predict by the calibrated probabilities instead of Bayes' rule", bool)
+    text = "what decides: calibrated probabilities, or Bayes' rule without (default: the run's own)"
+    add('--rule', text, ('calibrated', 'bayes'))
     add = cli.group(p, 'output')
     add('--plot', 'write curves and matrices there as PNG (needs matplotlib)', metavar='DIR')
     add('--json', 'write all numbers there; - = stdout, tables to stderr', metavar='FILE')
@@ -152,15 +155,18 @@ def score(args, out):
         )
         if line:
             print(f'  {line}', file=out)
-        if args.calibrated and run.kind != 'gen':
-            raise UserError(f'{path} is a discriminative run: --calibrated is for generative ones')
+        if args.rule and run.kind != 'gen':
+            raise UserError(f'{path} is a discriminative run: --rule is for generative ones')
+        run.rule, run.windows = args.rule or run.rule, args.windows
+        for note in run.notes(texts):
+            print(f'  {note}', file=out)
         logits = run.logits(texts, progress=True, cache=True)  # (N, K)
         if not np.isfinite(logits).all():
             raise UserError(
                 f'{path} gives logits that are not finite: try --dtype fp32, or train again with '
                 'a smaller --lr'
             )
-        every.append(run_metrics(run, logits, y, first['labels'], args.calibrated))
+        every.append(run_metrics(run, logits, y, first['labels']))
     return ds, first['labels'], y, every, groups
 
 

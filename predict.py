@@ -16,15 +16,16 @@ start.script(__name__)
 
 import html
 import itertools
-import json
 import os
 import sys
 
-from lib import cli, export, files, ranks, runs, tables
-from lib.explain import PAGE, explain, painted, paragraph
+import numpy as np
+
+from lib import cli, export, files, flags, ranks, rundata, runs, tables
+from lib.answers import Table, as_json, as_line, prompt
+from lib.explain import PAGE, coloured, explain, paragraph
 from lib.files import UserError
-from lib.metrics import softmax
-from lib.tokens import tokenize
+from lib.tokens import cut_note, tokenize
 
 CHUNK = 1024  # texts per evaluation: enough to sort by length and fill batches, in constant memory
 
@@ -37,22 +38,25 @@ def parse(argv):
     add = cli.group(p, 'input')
     text = 'classify the rows of a .csv, .tsv or .jsonl file, or the lines of any other file'
     add('--file', text, metavar='IN')
-    add('--text_col', 'text column or key of --file (default: guessed)', metavar='NAME')
+    flags.table_flags(add, '--file', labels=False)
     add = cli.group(p, 'output')
-    add('--out', 'write there, all or nothing (default: stdout)', metavar='FILE')
+    text = 'write there, all or nothing; NAME.csv or .tsv: a table that keeps the columns of --file'
+    add('--out', text, metavar='FILE')
     text = 'a JSON object per text: text, label, probs; of a generative run logprobs (nats)'
     add('--json', text, bool)
+    text = 'read long texts whole, in overlapping windows (default: --max_length tokens of them)'
+    add('--windows', text, bool)
     text = 'no label (null, or -) if the best probability is below P'
     add('--threshold', text, cli.share, metavar='P')
-    add('--explain', 'a number per token: its contribution to the decision', bool)
+    add('--explain', 'a number per word: its contribution to the decision', bool)
     add('--html', 'write the explanations there as a page (with --explain)', metavar='FILE')
     text = (
         'write the run there for transformers, LoRA merged; of a generative run a folder per class'
     )
     add('--export', text, metavar='DIR')
     add = cli.group(p, 'generative runs')
-    text = "label and probabilities of the calibrated rule (default: of Bayes' rule)"
-    add('--calibrated', text, bool)
+    text = "what decides: calibrated probabilities, or Bayes' rule without (default: the run's own)"
+    add('--rule', text, ('calibrated', 'bayes'))
     text = 'no label if the text is less likely per token than this fraction of validation texts'
     add('--ood_quantile', text, cli.share, metavar='Q')
     add('--sample', 'write new texts of this class', metavar='CLASS')
@@ -87,8 +91,17 @@ def check(args, given):
         raise UserError(f'--export only writes a model, in float32; leave {ignored[0]} out')
     if args.text and args.file:
         raise UserError('give texts or --file, not both')
-    if args.text_col and not args.file:
-        raise UserError('--text_col does nothing without --file')
+    for text in filter(os.path.isfile, args.text):
+        advice = 'classify its rows with --file, or pipe the text into predict.py'
+        raise UserError(f'{text} is the name of a file, not a text: {advice}')
+    table = args.out and Table.of(args.out)
+    if table and (args.json or args.explain and not args.html):
+        flag = '--json' if args.json else '--explain'
+        raise UserError(f'{flag} has no place in a table; give --out {args.out} another ending')
+    if args.windows and args.explain:
+        raise UserError('--explain covers what --max_length reads; leave --windows out')
+    for flag in sorted(given & {'text_col', 'sep', 'encoding'}) if not args.file else ():
+        raise UserError(f'--{flag} does nothing without --file')
     if args.file and not os.path.isfile(args.file):
         raise UserError(f'--file {args.file}: no such file')
     if args.file and args.out and os.path.realpath(args.file) == os.path.realpath(args.out):
@@ -102,7 +115,7 @@ def check_run(run, args, given):
     kind = 'a --direct run, which scores the class after the text'
     refused = ('ood_quantile', 'sample', 'explain') if run.answers else ()
     if run.kind == 'cls':
-        kind, refused = 'discriminative', ('calibrated', 'ood_quantile', 'sample')
+        kind, refused = 'discriminative', ('rule', 'ood_quantile', 'sample')
     for flag in refused:
         if flag in given:
             raise UserError(f'--{flag} needs log P(text | class), but {args.run} is {kind}')
@@ -111,65 +124,39 @@ def check_run(run, args, given):
         raise UserError(f'--sample {args.sample}: the classes of {args.run} are {names}')
 
 
-def answer(run, texts, args, paragraphs):
-    """-> output lines for the texts, in order. Appends explanations for --html to `paragraphs`."""
+def answers(run, texts, args, lengths):
+    """Yield what is written of each text, in order. Appends the texts' tokens to `lengths`."""
     tokens = tokenize(run.enc, texts, cache=False)
+    lengths.append(tokens.lengths)
     logits = run.logits_of(tokens)  # (N, K)
-    # label and probabilities are of one rule: Bayes' or the calibrated one
-    probs = softmax(run.calibrated(logits) if args.calibrated else logits)
-    likelihood = lowest = None
+    probs, likelihood, lowest = run.probs(logits), None, None
     if run.kind == 'gen' and not run.answers:
         likelihood = run.nats_per_token(tokens, logits)  # (N,)
     if args.ood_quantile is not None:
         lowest = run.likelihood_quantile(args.ood_quantile)
-    on_screen = sys.stdout.isatty() and not args.out
     for i, (text, p, best) in enumerate(zip(texts, probs, probs.argmax(1))):
         strange = lowest is not None and likelihood[i] < lowest
         sure = args.threshold is None or p[best] >= args.threshold
         label = run.labels[best] if sure and not strange else None
-        shown = '-' if label is None else label
-        pieces = explain(run, text, args.calibrated, best) if args.explain else None
-        if args.html:
-            paragraphs.append(paragraph(shown, p[best], pieces))
-        if args.json:
-            record = dict(text=text, label=label, probs=dict(zip(run.labels, p.tolist())))
-            if run.kind == 'gen':
-                record['logprobs'] = dict(zip(run.labels, (logits[i] - run.log_prior).tolist()))
-            if likelihood is not None:
-                record['nats_per_token'] = float(likelihood[i])
-            if pieces is not None:
-                record['explain'] = pieces
-            yield json.dumps(record, ensure_ascii=False)
-            continue
-        flat = ' '.join(text.split())
-        if on_screen and len(flat) > 100:
-            flat = flat[:100] + '...'
-        yield f'{shown}\t{p[best]:.4f}\t{flat}'
-        if pieces is not None and not args.html:
-            plain = '  ' + '  '.join(f'{token!r} {v:+.3f}' for token, v in pieces)
-            yield painted(pieces) if on_screen else plain
+        record = dict(text=text, label=label, probs=dict(zip(run.labels, p.tolist())))
+        if run.kind == 'gen':
+            record['logprobs'] = dict(zip(run.labels, (logits[i] - run.log_prior).tolist()))
+        if likelihood is not None:
+            record['nats_per_token'] = float(likelihood[i])
+        if args.explain:
+            record['runner_up'], record['explain'] = explain(run, text, best)
+        yield record
 
 
-def prompt(run, args, paragraphs):
-    """Classify what is typed on a terminal until Ctrl-D."""
-    print(f'{args.run}: {", ".join(run.labels)}. Type a text; Ctrl-D ends.')
-    while True:
-        try:
-            text = input('> ')
-        except EOFError:
-            print()
-            return
-        print('\n'.join(answer(run, [text], args, paragraphs)))
-
-
-def texts_of(args):
-    """The texts to classify, one by one."""
-    if args.text:
-        return iter(args.text)
+def rows_of(run, args):
+    """Pairs of the columns of a row, {name: field}, and the text to classify, one by one."""
     if args.file:
-        return tables.read_texts(args.file, tables.Format(args.text_col))
-    sys.stdin.reconfigure(encoding='utf-8', errors='replace')
-    return (line.rstrip('\r\n') for line in sys.stdin)
+        form = tables.Format.of(vars(args), like=rundata.form_of(run.info))
+        return tables.read_rows(args.file, form)
+    if not args.text:
+        sys.stdin.reconfigure(encoding='utf-8', errors='replace')
+    texts = args.text or (line.rstrip('\r\n') for line in sys.stdin)
+    return ((dict(text=text), text) for text in texts)
 
 
 def main(argv=None):
@@ -187,24 +174,39 @@ def main(argv=None):
             print(run.sample(args.sample, limit, args.temperature, top_k, seed), flush=True)
         return
 
-    paragraphs = []
+    run.rule, run.windows = args.rule or run.rule, args.windows
+    paragraphs, lengths, table = [], [], args.out and Table.of(args.out)
+    screen = sys.stdout.isatty() and not args.out
+    painted = screen and coloured(sys.stdout)
 
-    def lines():
-        texts = texts_of(args)
-        while chunk := list(itertools.islice(texts, CHUNK)):
-            yield from answer(run, chunk, args, paragraphs)
+    def show(row, record):
+        if table:
+            return table.row(row, record)
+        return as_json(record) if args.json else as_line(record, screen, painted, not args.html)
+
+    def lines(rows):
+        rows = iter(rows)
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            texts = [text for _, text in chunk]
+            for (row, _), record in zip(chunk, answers(run, texts, args, lengths)):
+                if args.html:
+                    paragraphs.append(paragraph(record))
+                yield show(row, record)
 
     if not args.text and not args.file and not args.out and sys.stdin.isatty():
-        prompt(run, args, paragraphs)
+        prompt(args.run, run.labels, lines)
     elif args.out:
-        encoded = (line.encode('utf-8', 'replace') + b'\n' for line in lines())
+        encoded = (line.encode('utf-8', 'replace') + b'\n' for line in lines(rows_of(run, args)))
         files.write_atomic(args.out, lambda f: f.writelines(encoded))
     else:
-        for line in lines():
+        for line in lines(rows_of(run, args)):
             print(line)
     if args.html:
         page = PAGE.format(title=html.escape(args.run), body=''.join(paragraphs))
         files.write_atomic(args.html, page)
+    if lengths and not args.windows:
+        for note in cut_note(np.concatenate(lengths), run.args['max_length']):
+            print(note, file=sys.stderr)
 
 
 if __name__ == '__main__':

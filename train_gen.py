@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import data
 import lora
 from lib import cli, device, files, flags, genflags, genrun, ranks, runs, summary, tables, training
-from lib.classes import auc, fit_calibration
+from lib.classes import auc, calibrate
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
 from lib.interrupt import interrupted, interruptible
@@ -318,11 +318,9 @@ def finish(run):
     genrun.complete(run)
     opened = runs.open_run(args.out, args.device, args.dtype, args.data_dir, args.plain)
     val = tokenize(run.enc, ds.val.texts, cache=False)
-    logits = opened.logits_of(val, progress=True)  # (N, K)
-    logprobs, y = logits - run.log_prior, ds.val.y
-    opened.tau, opened.bias = fit_calibration(logprobs, run.log_prior, y)
+    logits, y = opened.logits_of(val, progress=True), ds.val.y  # (N, K), (N,)
+    info.update(calibrate(opened, logits, y))
     m, probs, pred = run_metrics(opened, logits, y, labels)
-    info['calibration'] = dict(tau=opened.tau, bias=dict(zip(labels, opened.bias.tolist())))
     if not args.direct:
         nats = opened.nats_per_token(val, logits)
         info['likelihood_quantiles'] = np.quantile(nats, np.linspace(0, 1, 101)).tolist()

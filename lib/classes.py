@@ -122,15 +122,33 @@ def auc(scores, positive):
     return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
 
 
-def fit_calibration(logprobs, log_prior, y):
+def calibrate(run, logits, y):
+    """Set rule, tau and biases of an opened run by the logits (N, K) of its validation rows, of
+    classes y (N,). -> the same for run.json
+
+    tau and b of fit_calibration, unless they cost accuracy on these rows; then the temperature of
+    Bayes' rule as a whole, (log P(text | c) + log P(c)) / tau, which changes no decision."""
+    prior, fitted = run.log_prior, 'tau and a bias per class'
+    run.rule = 'calibrated'
+    run.tau, run.bias = fit_calibration(logits - prior, prior, y)
+    if (run.calibrated(logits).argmax(1) == y).sum() < (logits.argmax(1) == y).sum():
+        run.tau, _ = fit_calibration(logits, np.zeros_like(prior), y, biased=False)
+        run.bias, fitted = prior / run.tau - prior, 'tau alone: biases would cost accuracy'
+    bias = dict(zip(run.labels, run.bias.tolist()))
+    return dict(rule=run.rule, calibration=dict(tau=run.tau, bias=bias, fitted=fitted))
+
+
+def fit_calibration(logprobs, log_prior, y, biased=True):
     """Temperature scaling (Guo et al. 2017, arXiv 1706.04599) with a bias per class -> tau, b (K,)
     that minimise the mean of -log softmax(logprobs / tau + log_prior + b)[y] on validation rows,
-    by L-BFGS in float64. A weak pull to tau = 1 and b = 0 keeps them finite on few rows."""
+    by L-BFGS in float64. A weak pull to tau = 1 and b = 0 keeps them finite on few rows. biased:
+    False leaves b at 0."""
     x, prior = torch.tensor(logprobs).double(), torch.tensor(log_prior).double()
     y, a = torch.tensor(y), torch.zeros((), dtype=torch.float64, requires_grad=True)  # a = -log tau
     b = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
     tolerances = dict(tolerance_grad=1e-9, tolerance_change=1e-12)
-    opt = torch.optim.LBFGS([a, b], max_iter=500, line_search_fn='strong_wolfe', **tolerances)
+    trained = [a, b] if biased else [a]
+    opt = torch.optim.LBFGS(trained, max_iter=500, line_search_fn='strong_wolfe', **tolerances)
 
     def closure():
         opt.zero_grad()

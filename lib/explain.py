@@ -1,41 +1,48 @@
-"""A number per token: what it does for the decision. Called by `predict.py --explain`."""
+"""A number per word: what it does for the decision. Called by `predict.py --explain`."""
 
 import html
+import os
+import unicodedata
 
 import numpy as np
 
 from lib.tokens import Tokens, tokenize
 
 
-def explain(run, text, calibrated=False, best=None):
-    """-> [(token, number)]: what each token contributes to the class `best` (default the predicted
-    one) against its runner-up. Tokens beyond --max_length have no influence and get no number.
+def explain(run, text, best=None):
+    """-> label of the runner-up, [(word, number)]: what each word contributes to the class `best`
+    (default the predicted one) against its runner-up. Tokens beyond --max_length have no influence
+    and get no number.
 
-    Generative runs: log P(token | tokens before, class) - log P(token | tokens before, runner-up)
-    in nats, after a first entry for the prior; the numbers sum exactly to the margin. With
-    `calibrated`, of the calibrated rule: tokens divided by tau, prior and bias in the first entry.
-    Discriminative runs: how much the lead (a difference of logits) shrinks without that token (Li
-    et al. 2016, arXiv 1612.08220): one forward pass per token, exact for every method; negative =
-    the token speaks against the prediction."""
+    Generative runs: log P(word | text before, class) - log P(word | text before, runner-up) in
+    nats, after a first entry for the prior; the numbers sum exactly to the margin of the rule that
+    decides. If that is the calibrated one, words are divided by tau, and prior and bias are in the
+    first entry. Discriminative runs: how much the lead (a difference of logits) shrinks without
+    that word (Li et al. 2016, arXiv 1612.08220): one forward pass per word, exact for every method;
+    negative = the word speaks against the prediction."""
     if run.kind == 'gen':
         ids, terms = run.token_logprobs(text)  # (n,), (n, K) nats
         prior = run.log_prior  # (K,)
-        if calibrated:
+        if run.rule == 'calibrated':
             terms, prior = terms / run.tau, prior + run.bias
         best, second = first_two(terms.sum(0) + prior, best)
-        numbers = (terms[:, best] - terms[:, second]).tolist()
-        return [('P(class)', float(prior[best] - prior[second])), *readable(run.enc, ids, numbers)]
+        numbers = terms[:, best] - terms[:, second]  # (n,)
+        first = ('P(class)', float(prior[best] - prior[second]))
+        pieces = [(word, float(numbers[a:b].sum())) for word, a, b in words(run.enc, ids)]
+        return run.labels[second], [first, *pieces]
     limit = run.args['max_length']
     ids = tokenize(run.enc, [text], cache=False)[0]
     ids = ids[:limit] if run.args['keep'] == 'first' else ids[-limit:]
+    spans = words(run.enc, ids)
     empty = np.array([run.model.end], ids.dtype)
-    without = [np.delete(ids, i) if len(ids) > 1 else empty for i in range(len(ids))]
-    rows = [ids, *without]
+    without = [np.delete(ids, slice(a, b)) for _, a, b in spans]
+    rows = [ids, *(row if len(row) else empty for row in without)]
     tokens = Tokens(np.concatenate(rows), np.cumsum([0] + [len(row) for row in rows]))
-    logits = run.logits_of(tokens)  # (1 + T, K)
+    logits = run.logits_of(tokens)  # (1 + W, K)
     best, second = first_two(logits[0], best)
-    lead = logits[:, best] - logits[:, second]  # (1 + T,) over the runner-up of the full text
-    return readable(run.enc, ids, (lead[0] - lead[1:]).tolist())
+    lead = logits[:, best] - logits[:, second]  # (1 + W,) over the runner-up of the full text
+    shrinks = (lead[0] - lead[1:]).tolist()
+    return run.labels[second], [(word, v) for (word, *_), v in zip(spans, shrinks)]
 
 
 def first_two(scores, best=None):
@@ -44,25 +51,58 @@ def first_two(scores, best=None):
     return best, int(np.where(np.arange(len(scores)) == best, -np.inf, scores).argmax())
 
 
-def readable(enc, ids, numbers):
-    """[(text, number)] of token ids and their numbers. Joins tokens that make a character only
-    together, and adds up their numbers."""
-    out, raw, total = [], b'', 0.0
-    for i, (t, number) in enumerate(zip(ids, numbers)):
-        raw, total = raw + enc.decode_single_token_bytes(int(t)), total + number
+def words(enc, ids):
+    """[(word, start, stop)] of token ids: GPT-2's pieces and single bytes joined to words, numbers
+    and runs of punctuation, each with the white space before it."""
+    out = []
+    for piece, start, stop in characters(enc, ids):
+        special = stop == len(ids) and ids[-1] == enc.eot_token
+        if out and not special and joins(out[-1][0], piece):
+            piece, start = out[-1][0] + piece, out.pop()[1]
+        out.append((piece, start, stop))
+    return out
+
+
+def joins(word, piece):
+    """Does a piece go on with the word before it?"""
+    if word.isspace() or piece.isspace():
+        return word.isspace()
+    kinds = [kind(word[-1]), kind(piece[0])]
+    return kinds[0] == kinds[1] != 'alone'
+
+
+def kind(character):
+    """'letter' of what words are made of, 'alone' of what ends one, 'other': punctuation."""
+    if ord(character) >= 0x2E80 or character.isspace():  # Chinese puts no space between words
+        return 'alone'
+    letter = unicodedata.category(character)[0] in 'LMN' or character in "_'\u2019"
+    return 'letter' if letter else 'other'
+
+
+def characters(enc, ids):
+    """[(text, start, stop)] of token ids: joins tokens that make a character only together."""
+    out, raw, start = [], b'', 0
+    for i, t in enumerate(ids):
+        raw += enc.decode_single_token_bytes(int(t))
         try:
             text = raw.decode()
         except UnicodeDecodeError:
             if i + 1 < len(ids) and len(raw) < 16:  # longer: these bytes are no text at all
                 continue
             text = raw.decode('utf-8', 'replace')
-        out.append((text, total))
-        raw, total = b'', 0.0
+        out.append((text, start, i + 1))
+        raw, start = b'', i + 1
     return out
 
 
+def coloured(stream):
+    """May it be painted? (https://no-color.org)"""
+    plain = os.environ.get('NO_COLOR') or os.environ.get('TERM') == 'dumb'
+    return stream.isatty() and not plain
+
+
 def painted(pieces):
-    """Tokens for a terminal: green supports the prediction, red contradicts it, a stronger colour
+    """Words for a terminal: green supports the prediction, red contradicts it, a stronger colour
     is a larger number."""
     top = max(abs(v) for _, v in pieces) or 1.0
     out = []
@@ -73,20 +113,23 @@ def painted(pieces):
     return ''.join(out)
 
 
-def paragraph(label, probability, pieces):
-    """The same as a paragraph of HTML; hover over a token to see its number."""
+def paragraph(record):
+    """The same as a paragraph of HTML; hover over a word to see its number. record: see
+    lib/answers.py."""
+    pieces, label, p = record['explain'], record['label'], max(record['probs'].values())
     top = max(abs(v) for _, v in pieces) or 1.0
     spans = []
     for token, v in pieces:
         colour = f'rgba({"0,140,60" if v > 0 else "210,30,30"},{0.75 * abs(v) / top:.2f})'
         style = f'title="{v:+.3f}" style="background:{colour}"'
         spans.append(f'<span {style}>{html.escape(token)}</span>')
-    return f'<p><b>{html.escape(label)}</b> {probability:.4f}<br>{"".join(spans)}</p>\n'
+    head = f'<b>{html.escape(label or "-")}</b> {p:.4f} against {html.escape(record["runner_up"])}'
+    return f'<p>{head}<br>{"".join(spans)}</p>\n'
 
 
 PAGE = """<!doctype html>
 <meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 16px/1.7 sans-serif; max-width: 50em; margin: 2em auto }}
 span {{ white-space: pre-wrap; border-radius: 3px }}</style>
-<p>Green supports the predicted class, red its runner-up; hover over a token to see its number.</p>
+<p>Green supports the predicted class, red its runner-up; hover over a word to see its number.</p>
 {body}"""

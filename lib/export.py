@@ -9,7 +9,8 @@ from lib import checkpoints, files
 from lib.base import data_dir_of
 from lib.download import find
 from lib.files import UserError
-from lib.runs import merge_error, open_run
+from lib.runs import open_run
+from lib.selfcheck import check_merge
 from lib.tokens import EOT, tokenizer_name
 
 
@@ -36,7 +37,7 @@ def export(path, folder, data_dir=None):
     temp = f'{os.path.abspath(folder)}.{os.getpid()}.tmp'
     try:
         for name, model, index in parts:
-            if why := merge_error(model):
+            if why := check_merge(model):
                 raise UserError(f'{path} cannot be merged: LoRA is not W + scale B A ({why})')
             state, part = lora.merged_state(model, index), os.path.join(temp, name)
             known = dict(model.named_buffers())

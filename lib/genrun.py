@@ -274,7 +274,7 @@ def complete(run):
     if args.prefix:
         stored = os.path.join(args.out, 'base')
         info['base']['sha256'] = checkpoints.base_sha256(stored)
-    for name in ('parameters', 'calibration', 'likelihood_quantiles', 'results', 'pending'):
+    for name in ('parameters', 'rule', 'calibration', 'likelihood_quantiles', 'results', 'pending'):
         info.pop(name, None)  # written again, in this order
     if not args.zero_shot:  # another process may have run the last phase
         record = os.path.join(args.out, run.folders[run.labels[-1]], 'class.json')

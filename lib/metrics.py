@@ -101,18 +101,13 @@ def quality(probs, y):
     )
 
 
-def run_metrics(run, logits, y, labels, calibrated=False):
+def run_metrics(run, logits, y, labels):
     """Logits (N, K) of an opened run, columns in the run's order; y (N,) in the order of `labels`
-    -> metrics(), probs (N, K) in that order, pred (N,).
-
-    The probabilities of a generative run are the calibrated ones; its predictions follow Bayes'
-    rule, or the calibrated probabilities if `calibrated`. 'uncalibrated' holds its nll, brier and
-    ece before calibration."""
+    -> metrics(), probs (N, K) in that order, pred (N,): the most probable class. Where calibrated
+    probabilities decide, 'uncalibrated' holds nll, brier and ece before calibration."""
     order = [run.labels.index(name) for name in labels]
-    probs, logits = softmax(run.calibrated(logits))[:, order], logits[:, order]
-    if run.kind == 'cls':
-        return metrics(probs, y, labels), probs, probs.argmax(1)
-    pred = (probs if calibrated else logits).argmax(1)
-    m, raw = metrics(probs, y, labels, pred=pred), metrics(softmax(logits), y, labels)
-    m['uncalibrated'] = {key: raw[key] for key in ('nll', 'brier', 'ece')}
-    return m, probs, pred
+    probs = run.probs(logits)[:, order]
+    m = metrics(probs, y, labels)
+    if run.rule == 'calibrated':
+        m['uncalibrated'] = quality(softmax(logits[:, order]), np.asarray(y))
+    return m, probs, probs.argmax(1)

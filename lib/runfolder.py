@@ -203,6 +203,7 @@ def gen_fields(info, labels, method):
         prior=by_label(info.get('prior'), PROBABILITY),
         prompts=not zero_shot or by_label(info.get('prompts'), TEXT),
         calibration=optional(calibration)(fit),
+        rule=info.get('rule', 'bayes') in ('bayes', 'calibrated'),
         pending=isinstance(info.get('pending', {}), dict),
         likelihood_quantiles=quantiles is None
         or (isinstance(quantiles, list) and len(quantiles) == 101 and all(map(NUMBER, quantiles))),

@@ -9,22 +9,21 @@ from collections import namedtuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 import data
 import lora
-from lib import cli, fast, scoring, selfcheck
+from lib import cli, fast, scoring, selfcheck, windows
 from lib.base import base_of, data_dir_of
 from lib.classes import class_folder
 from lib.device import autocast, pick_device, place
 from lib.files import UserError
+from lib.metrics import softmax
 from lib.peft import EXTRA, add_filled, fill, load_peft
 from lib.report import counted
 from lib.runfolder import info_of
 from lib.tensors import load_safetensors
-from lib.tokens import tokenize, tokenizer, tokenizer_name
-from lora import LoRA
+from lib.tokens import cut_note, listed, tokenize, tokenizer, tokenizer_name
 from model import GPT
 
 NEUTRAL = ['N/A', '', '[MASK]']  # content-free texts, as in the paper on contextual calibration
@@ -102,7 +101,7 @@ def encoding(model, info, data_dir):
 def prepare(model, how):
     """Make a loaded model ready to classify: merge its LoRA, freeze it, move it, make it fast."""
     folds = not how.plain and fast.folds(how.device, how.dtype)  # speed_up merges as it packs
-    if not model.classes and not folds and not merge_error(model):
+    if not model.classes and not folds and not selfcheck.check_merge(model):
         lora.merge(model)
     place(model.requires_grad_(False), how.device, how.dtype)
     if not how.plain:
@@ -110,36 +109,15 @@ def prepare(model, how):
     return model.eval()
 
 
-def merge_error(model):
-    """'' if LoRA layers compute what merging makes of them, else the difference in words: lora.py
-    may have been edited."""
-    layers = [m for m in model.modules() if isinstance(m, LoRA)]
-    if not layers:
-        return ''
-    kinds = {(type(m), type(m.base), m.A.shape[-2:], m.B.shape[-2:]): m for m in layers}
-
-    def pairs():
-        for m in kinds.values():
-            twin = selfcheck.double(m).eval()
-            for name in 'AB':  # of one class; not as trained, since an update can be tiny
-                t = selfcheck.wave(*getattr(m, name).shape[-2:])
-                setattr(twin, name, nn.Parameter(t, requires_grad=False))
-            x = selfcheck.wave(2, 3, twin.A.shape[1])
-            box = nn.ModuleDict(dict(layer=twin))
-            want = twin(x)
-            lora.merge(box)
-            yield [want], [box.layer(x)]
-
-    with torch.no_grad():
-        return selfcheck.difference(pairs(), 1e-5)
-
-
 class Run:
     """A trained classifier, ready for texts: .info (run.json), .kind, .labels, .args (its flags),
-    .model, .enc, .device, .dtype, .reason."""
+    .model, .enc, .device, .dtype, .reason.
+
+    .windows: True reads long texts whole, in overlapping windows, instead of max_length tokens."""
 
     kind = 'cls'
-    answers = None
+    answers = rule = None
+    windows = False
 
     def __init__(self, path, info, model, how, front=0):
         """front: positions that are neither a text's nor the model's own prompt."""
@@ -160,25 +138,43 @@ class Run:
         """Arguments of the functions of lib/scoring.py after the tokens."""
         return self.args['max_length'], self.args['keep'], self.device, self.dtype
 
+    @property
+    def scorer(self):
+        """The room whose functions read the texts."""
+        return windows if self.windows else scoring
+
     def logits(self, texts, progress=False, cache=False):
-        """texts: list of str -> logits (N, K) float32 numpy, in order; the largest is the predicted
-        class. cache: keep their token ids on disk."""
-        return self.logits_of(tokenize(self.enc, texts, cache=cache), progress)
+        """texts: list of str -> logits (N, K) float32 numpy, in order; of a discriminative run the
+        largest is the predicted class, of a generative one see probs(). cache: keep their token ids
+        on disk. Raises TypeError for what is no list of str."""
+        return self.logits_of(tokenize(self.enc, listed(texts), cache=cache), progress)
+
+    def notes(self, texts):
+        """What to say of the texts before they are scored: that many of their tokens are cut."""
+        lengths = tokenize(self.enc, texts).lengths
+        return [] if self.windows else cut_note(lengths, self.args['max_length'])
 
     def logits_of(self, tokens, progress=False):
         """The same for Tokens."""
         if not len(tokens):
             return np.empty((0, len(self.labels)), np.float32)
-        return scoring.class_logits(self.model, tokens, *self.settings, progress=progress)
+        return self.scorer.class_logits(self.model, tokens, *self.settings, progress=progress)
 
-    def calibrated(self, logits):
-        """Logits (N, K) -> logits of calibrated probabilities: a discriminative run's own."""
-        return logits
+    def predict(self, texts):
+        """texts: list of str -> [(label, its probability)], in order."""
+        probs = self.probs(self.logits(texts))
+        return [(self.labels[k], float(p[k])) for p, k in zip(probs, probs.argmax(1))]
+
+    def probs(self, logits):
+        """Logits (N, K) -> probabilities (N, K) float64; the largest decides."""
+        return softmax(logits)
 
 
 class GenRun(Run):
-    """A generative classifier: logits = log P(text | class) + log P(class), in nats, and its
-    calibration.
+    """A generative classifier: logits = log P(text | class) + log P(class), in nats.
+
+    .rule: what label, probabilities and explanations follow: 'calibrated' (.tau, .bias), or
+    'bayes', the softmax of the logits, as in runs of earlier versions.
 
     .passes: pairs (model, context) that read the texts one after another and whose columns together
     are the classes: one model with a class axis (lora, prefix), a model per class (full), one model
@@ -196,7 +192,7 @@ class GenRun(Run):
         self.passes, self.answers = passes, answers
         self.log_prior = np.log([info['prior'][label] for label in self.labels], dtype=np.float32)
         c = info.get('calibration') or dict(tau=1.0, bias=dict.fromkeys(self.labels, 0.0))
-        self.tau = c['tau']
+        self.tau, self.rule = c['tau'], info.get('rule', 'bayes')
         self.bias = np.array([c['bias'][label] for label in self.labels], np.float32)
         if answers:  # contextual calibration (Zhao et al. 2021, arXiv 2102.09690)
             self.neutral = np.zeros(len(self.labels), np.float32)
@@ -215,15 +211,22 @@ class GenRun(Run):
                 part = progress and (i, len(calls))
                 yield score(model, tokens, *self.settings, last, progress=part)
 
+        if self.answers and self.windows:
+            raise UserError(
+                '--windows: a --direct run scores the class after the text, in one window'
+            )
         if self.answers:
             ids = [self.answers[label] for label in self.labels]
             parts = columns(scoring.answer_logprobs, [(self.model, answer) for answer in ids])
             return np.concatenate(list(parts), axis=1) - self.neutral
-        return np.concatenate(list(columns(scoring.text_logprobs, self.passes)), axis=1)
+        return np.concatenate(list(columns(self.scorer.text_logprobs, self.passes)), axis=1)
 
     def logits_of(self, tokens, progress=False):
         """Tokens -> log P(text | class) + log P(class), (N, K): Bayes' rule up to a constant."""
         return self.logprobs_of(tokens, progress) + self.log_prior
+
+    def probs(self, logits):
+        return softmax(self.calibrated(logits) if self.rule == 'calibrated' else logits)
 
     def calibrated(self, logits):
         """Logits (N, K) -> log P(text | class) / tau + log P(class) + b_class, the logits of
@@ -233,7 +236,8 @@ class GenRun(Run):
     def nats_per_token(self, tokens, logits):
         """Log-likelihood of each text under the mixture of all classes, divided by its tokens (N,):
         how similar it is to the training texts."""
-        lengths = scoring.scored_lengths(self.model.end, tokens, self.args['max_length'])
+        limit = tokens.lengths.max() if self.windows else self.args['max_length']
+        lengths = scoring.scored_lengths(self.model.end, tokens, limit)
         return np.logaddexp.reduce(logits, axis=1) / lengths
 
     def likelihood_quantile(self, q):

@@ -3,6 +3,7 @@ values and gradients, in float64, on small copies of the parts. Costs a fraction
 
 import contextlib
 import copy
+import threading
 from dataclasses import replace
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils import checkpoint
 
+import lora
 from lib import dropout
 from lib.blocks import make_block
 from lib.tensors import give_back
@@ -17,6 +19,7 @@ from lora import LoRA
 from model import Embedding
 
 TOLERANCE = 1e-7  # of the largest value
+LOCK = threading.RLock()  # the comparisons replace functions of torch for a moment
 TOKENS = 64  # vocabulary of a small copy
 
 
@@ -105,10 +108,35 @@ def check_rows(model, attach):
     return difference(pairs())
 
 
+def check_merge(model):
+    """'' if LoRA layers compute what merging makes of them, else the difference in words: lora.py
+    may have been edited."""
+    layers = [m for m in model.modules() if isinstance(m, LoRA)]
+    if not layers:
+        return ''
+    kinds = {(type(m), type(m.base), m.A.shape[-2:], m.B.shape[-2:]): m for m in layers}
+
+    def pairs():
+        for m in kinds.values():
+            twin = double(m).eval()
+            for name in 'AB':  # of one class; not as trained, since an update can be tiny
+                t = wave(*getattr(m, name).shape[-2:])
+                setattr(twin, name, nn.Parameter(t, requires_grad=False))
+            x = wave(2, 3, twin.A.shape[1])
+            box = nn.ModuleDict(dict(layer=twin))
+            want = twin(x)
+            lora.merge(box)
+            yield [want], [box.layer(x)]
+
+    with torch.no_grad():
+        return difference(pairs(), 1e-5)
+
+
 def difference(pairs, tolerance=TOLERANCE):
     """pairs of (values, values) -> '' if they are equal to rounding, else how they differ."""
     try:
-        error = max(distance(a, b) for want, got in pairs for a, b in zip(want, got))
+        with LOCK:
+            error = max(distance(a, b) for want, got in pairs for a, b in zip(want, got))
     except Exception as e:  # of edited code: it may need more than a small copy has
         return f'{type(e).__name__}: {e}'
     return '' if error <= tolerance else f'{error:.1g} apart'

@@ -8,6 +8,7 @@ import torch
 
 from lib import cli
 from lib.report import counted
+from lib.tokens import cut_note
 
 
 def versions():
@@ -27,6 +28,7 @@ def describe(args, ds, train, cfg, place, notes=()):
         *(f'  {note}' for note in (*ds.notes, *notes)),
         f'{longer:.1f} % of the training texts are longer than {counted(args.max_length, "token")}'
         f'; of these the {args.keep} {args.max_length} are read',
+        *(f'  {note}' for note in cut_note(train.lengths, args.max_length)),
         f'{args.model}{" (random weights)" if args.scratch else ""}: {cfg}',
         f'{device}, matmuls in {str(dtype)[6:]}: {reason}',
     ]

@@ -81,6 +81,30 @@ class Tokens:
         return self.flat[self.starts[i] : self.starts[i + 1]]
 
 
+def listed(texts):
+    """Texts as a list. Raises TypeError, which names the place, for anything but strings."""
+    if isinstance(texts, (str, bytes)):
+        kind = type(texts).__name__
+        raise TypeError(
+            f'a list of strings is needed, not one {kind}: put it into brackets, [text]'
+        )
+    texts = list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            advice = 'leave it out, give it a text (an empty one is read as well), or use str(...)'
+            raise TypeError(f'texts[{i}] is {repr(text)[:40]}, which is no string: {advice}')
+    return texts
+
+
+def cut_note(lengths, max_length):
+    """[a sentence] if max_length cuts more than a fifth of the tokens of texts of these lengths
+    (N,), else []."""
+    share = 1 - np.minimum(lengths, max_length).sum() / max(1, lengths.sum())
+    advice = 'train with more, or let eval.py and predict.py read whole texts with --windows'
+    text = f'{100 * share:.0f} % of the tokens are cut by --max_length {max_length}: {advice}'
+    return [text] if share > 0.2 else []
+
+
 def tokenize(enc, texts, cache=True):
     """Texts -> Tokens. '<|endoftext|>' inside a text is plain text; an empty text becomes that
     one special id. cache: keep the ids in the cache, under a hash of tokenizer and texts."""

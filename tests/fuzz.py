@@ -879,7 +879,13 @@ def fuzz_run(folder):
         else:
             write(path, odd(rng, files[path]))
         flags = rng.choice(
-            ([], ['--json'], ['--explain'], ['--calibrated', '--json'], ['--ood_quantile', '0.2'])
+            (
+                [],
+                ['--json'],
+                ['--explain'],
+                ['--rule', 'bayes', '--json'],
+                ['--ood_quantile', '0.2'],
+            )
         )
         what = rng.randrange(4)
 

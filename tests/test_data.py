@@ -9,7 +9,6 @@ import numpy as np
 import data
 import lib.files
 from lib.files import UserError, cached, read_json
-from lib.metrics import softmax
 from lib.rundata import own_data
 from lib.runs import open_run
 from lib.tables import Format
@@ -313,7 +312,7 @@ def test_validation_rows_keep_their_labels():
         preds, labels = (
             read_json(os.path.join(folder, f'val_{x}.json')) for x in ('preds', 'labels')
         )
-        want = softmax(run.calibrated(logits))
+        want = run.probs(logits)
         assert labels == [run.labels[i] for i in val.y]
         assert np.allclose(
             [[p['probs'][label] for label in run.labels] for p in preds], want, atol=1e-5

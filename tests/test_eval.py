@@ -294,7 +294,8 @@ def fake_world(labels, y, train=()):
         info, table = (read_json(os.path.join(path, name)) for name in ('run.json', 'table.json'))
         run = SimpleNamespace(path=path, info=info, labels=info['labels'], kind='cls')
         run.device, run.dtype, run.reason = 'cpu', 'torch.float32', ''
-        run.calibrated = lambda logits: logits
+        run.rule, run.probs = None, lib.metrics.softmax
+        run.notes = lambda texts: []
         run.logits = lambda texts, **kw: np.array([table[int(t)] for t in texts], np.float32)
         return run
 

@@ -12,7 +12,7 @@ import lib.metrics
 import lib.runs
 import predict
 import train_gen
-from lib.classes import auc, fit_calibration
+from lib.classes import auc, calibrate, fit_calibration
 from lib.files import UserError, read_json, write_json
 from lib.metrics import softmax
 from lib.plots import read_log
@@ -99,44 +99,107 @@ def test_gen_calibration_is_fitted():
         assert nll(x, y, tau, b) <= nll(x, y) + 1e-3, (x, y, tau, b)
 
 
-def test_gen_decision_is_bayes_rule():
-    """Bayes' rule decides, with --calibrated the calibrated rule; probabilities and explanation are
-    those of the rule that decided. Scoring by another rule leaves the run's results alone."""
+def two_rules(rule):
+    """A run in which Bayes' rule and the calibrated one disagree, with this rule in its run.json
+    (None: as runs of earlier versions)."""
     out = copied(gen_run('lora'))
     path = os.path.join(out, 'run.json')
     info = read_json(path)
-    write_json(path, {**info, 'calibration': dict(tau=2.0, bias=dict(animals=0.0, numbers=500.0))})
+    info['calibration'] = dict(tau=2.0, bias=dict(animals=0.0, numbers=500.0))
+    info.pop('rule')
+    write_json(path, {**info, 'rule': rule} if rule else info)
+    return out, np.log(list(info['prior'].values()))
 
-    def run_predict(*flags):
-        argv = [out, '--json', '--explain', '--dtype', 'fp32', 'cat dog', *flags]
-        return json.loads(script(predict.main, argv)[1])
 
-    run = open_run(out, 'cpu', 'fp32')
-    logits = run.logits(['cat dog'])
-    prior = np.log(list(info['prior'].values()))
-    assert np.allclose(run.calibrated(logits), (logits - prior) / 2 + prior + [0, 500], atol=1e-3)
-    bayes, calibrated = run_predict(), run_predict('--calibrated')
-    assert (bayes['label'], calibrated['label']) == ('animals', 'numbers')
-    assert np.allclose(list(bayes['probs'].values()), softmax(logits)[0], atol=1e-4)
-    want = softmax(run.calibrated(logits))[0]
-    assert np.allclose(list(calibrated['probs'].values()), want, atol=1e-4) and want[1] > 0.99
-    for answer, rule in ((bayes, logits[0]), (calibrated, run.calibrated(logits)[0])):
-        margin = sum(number for _, number in answer['explain'])  # of the class that was decided for
-        assert abs(margin - np.ptp(rule)) < 1e-3 and margin > 0, (answer, rule)
-    before = tree(out)
-    plain, calibrated = (
-        json.loads(run_eval([out, '--json', '-', '--dtype', 'fp32', *flag])[0])['runs'][0]
-        for flag in ([], ['--calibrated'])
-    )
-    assert plain['accuracy'] == 1 and calibrated['accuracy'] < 0.5
-    assert plain['nll'] == calibrated['nll'] > 100 and plain['uncalibrated']['nll'] < 0.1
-    assert 'before calibration' in run_eval([out, '--dtype', 'fp32'])[0]
-    assert tree(out) == before  # the results of the run are those of its own rule and precision
-    run_eval([out])
-    changed = tree(out)
-    assert {name for name in changed if changed[name] != before[name]} == {'eval_results.json'}
-    raises(UserError, evaluation.main, [tiny_run('full'), '--calibrated'], match='discriminative')
-    raises(UserError, predict.main, [tiny_run('full'), '--calibrated', 'x'], match='discriminative')
+def test_gen_one_rule():
+    """The rule of the run, or --rule, gives label, probabilities, threshold, explanation and ECE at
+    once; a run of an earlier version has Bayes' rule."""
+    for own in ('calibrated', 'bayes', None):
+        out, prior = two_rules(own)
+        run = open_run(out, 'cpu', 'fp32')
+        logits = run.logits(['cat dog'])
+        assert np.allclose(
+            run.calibrated(logits), (logits - prior) / 2 + prior + [0, 500], atol=1e-3
+        )
+        rules = dict(bayes=logits, calibrated=run.calibrated(logits))
+        for flags, rule in (([], own or 'bayes'), *((['--rule', r], r) for r in rules)):
+            argv = [out, '--json', '--explain', '--dtype', 'fp32', 'cat dog', *flags]
+            record, scores = json.loads(script(predict.main, argv)[1]), rules[rule]
+            label = dict(bayes='animals', calibrated='numbers')[rule]
+            probs = record['probs']
+            assert record['label'] == label == max(probs, key=probs.get), (own, flags)
+            assert np.allclose(list(probs.values()), softmax(scores)[0], atol=1e-4)
+            assert probs[label] > 0.9
+            margin = sum(number for _, number in record['explain'])
+            assert abs(margin - np.ptp(scores)) < 1e-3 and margin > 0, (record, rule)
+            assert record['runner_up'] == ({'animals', 'numbers'} - {label}).pop()
+            plain = script(predict.main, [out, '--threshold', '0.9', 'cat dog', *flags])[1]
+            assert plain.startswith(f'{label}\t'), (own, flags, plain)  # not '-'
+            if not flags:
+                assert run.predict(['cat dog']) == [(label, float(softmax(scores).max()))]
+
+
+def test_gen_scores_are_of_one_rule():
+    """eval.py: accuracy, NLL and ECE are those of the rule that decides, and the run's own results
+    are written by its own rule alone."""
+    for own in ('calibrated', 'bayes', None):
+        out, _ = two_rules(own)
+        before = tree(out)
+        found = {}
+        for rule in ('calibrated', 'bayes', None):
+            flags = ['--rule', rule] if rule else []
+            text = run_eval([out, '--json', '-', '--dtype', 'fp32', *flags])[0]
+            found[rule] = json.loads(text)['runs'][0]
+        bad, good = found['calibrated'], found['bayes']
+        assert good['accuracy'] == 1 and good['nll'] < 0.1 and good['ece'] < 0.1
+        assert bad['accuracy'] < 0.5 and bad['nll'] > 100 and bad['ece'] > 0.5
+        assert bad['uncalibrated'] == {key: good[key] for key in ('nll', 'brier', 'ece')}
+        assert 'uncalibrated' not in good and found[None] == found[own or 'bayes']
+        for flags in ([], ['--rule', 'calibrated']):
+            shown = 'before calibration' in run_eval([out, '--dtype', 'fp32', *flags])[0]
+            assert shown == (own == 'calibrated' or bool(flags))
+        run_eval([out, '--rule', 'bayes'])
+        assert tree(out) == before  # results are those of the run's own rule and precision
+        run_eval([out])
+        changed = tree(out)
+        assert {name for name in changed if changed[name] != before[name]} == {'eval_results.json'}
+    for main in (evaluation.main, predict.main):
+        argv = [tiny_run('full'), '--rule', 'bayes', *['x'] * (main is predict.main)]
+        raises(UserError, main, argv, match='discriminative')
+    path = os.path.join(out, 'run.json')
+    write_json(path, {**read_json(path), 'rule': 'best'})
+    raises(UserError, open_run, out, match='rule is missing or malformed')
+
+
+def test_gen_rule_never_costs_accuracy():
+    """calibrate: tau and biases where they keep the accuracy on the validation rows, as
+    fit_calibration gives them; else one temperature, which changes no decision and still lowers
+    the NLL. A trained run says which."""
+    prior = np.log([0.5, 0.5]).astype(np.float32)
+    run, costs = opened('lora'), 0
+    for seed in range(60):
+        rng = np.random.RandomState(seed)
+        y = (rng.rand(60) < 0.5).astype(int)
+        x = (-50 + np.eye(2)[y] * 2 + 2 * rng.randn(60, 2) + [seed % 2, 0]).astype(np.float32)
+        run.log_prior, bayes = prior, x + prior
+        words, scores = calibrate(run, bayes, y)['calibration']['fitted'], run.calibrated(bayes)
+        assert (scores.argmax(1) == y).sum() >= (bayes.argmax(1) == y).sum(), seed
+        if words.startswith('tau alone'):
+            costs += 1
+            a, b = fit_calibration(x, prior, y)
+            worse = (x / a + prior + b).argmax(1) == y
+            assert worse.sum() < (bayes.argmax(1) == y).sum()
+            assert (scores.argmax(1) == bayes.argmax(1)).all()
+            assert np.allclose(scores, bayes / run.tau, atol=1e-4)
+        else:
+            a, b = fit_calibration(bayes - prior, prior, y)
+            assert run.tau == a and np.array_equal(run.bias, b)
+        m = [lib.metrics.metrics(softmax(s), y, ['a', 'b'])['nll'] for s in (scores, bayes)]
+        assert m[0] <= m[1] + 1e-6, (seed, m)
+    assert 5 < costs < 55, costs
+    for method in ('lora', 'direct'):
+        info = read_json(os.path.join(gen_run(method), 'run.json'))
+        assert info['rule'] == 'calibrated' and 'tau' in info['calibration']['fitted']
 
 
 def test_gen_auc():

@@ -15,11 +15,23 @@ import torch
 import data
 import lib.explain
 import predict
-from lib.explain import readable
+from lib.explain import words
 from lib.files import UserError, read_bytes
 from lib.runs import open_run
 from lib.tokens import tokenizer
-from tests.helpers import TOPICS, gen_run, opened, patched, raises, script, tiny_run, tmp, topics
+from tests.helpers import (
+    TOPICS,
+    environment,
+    gen_run,
+    opened,
+    patched,
+    raises,
+    real_data,
+    script,
+    tiny_run,
+    tmp,
+    topics,
+)
 
 
 class Terminal(io.StringIO):
@@ -89,13 +101,16 @@ def test_predict_inputs():
 def test_explain_is_leave_one_out():
     out = tiny_run('full')
     run = open_run(out, 'cpu', 'fp32')
-    pieces = lib.explain.explain(run, 'so dull')
-    assert ''.join(t for t, _ in pieces) == 'so dull'
-    a, b = run.logits(['so dull', 'so dul'])
+    second, pieces = lib.explain.explain(run, 'so dull')
+    assert [t for t, _ in pieces] == ['so', ' dull']
+    a, *others = run.logits(['so dull', ' dull', 'so'])
     best = int(a.argmax())
-    assert abs(pieces[-1][1] - float((a[best] - a[1 - best]) - (b[best] - b[1 - best]))) < 1e-5
-    assert len(lib.explain.explain(run, 'd')) == 1
-    assert len(lib.explain.explain(run, 'x' * 5000)) == run.args['max_length']
+    assert second == run.labels[1 - best]
+    for b, (_, number) in zip(others, pieces):
+        assert abs(number - float((a[best] - a[1 - best]) - (b[best] - b[1 - best]))) < 1e-5
+    assert len(lib.explain.explain(run, 'd')[1]) == 1
+    limit = run.args['max_length']
+    assert len(lib.explain.explain(run, 'x ' * 5000)[1]) == limit // 2 + 1  # the last: a space
     argv = [out, '--json', '--explain', '--dtype', 'fp32', 'so dull']
     row = json.loads(script(predict.main, argv)[1])
     assert np.allclose([v for _, v in row['explain']], [v for _, v in pieces], atol=1e-4)
@@ -119,22 +134,19 @@ def test_gen_explain():
     for method in ('lora', 'full', 'prefix', 'zero_shot'):
         run = opened(method)
         for text in ('cat dog bird', 'one', '', 'horse ' * 40, 'größe 中'):
-            pieces = lib.explain.explain(run, text)
-            logits = np.sort(run.logits([text])[0])
+            second, pieces = lib.explain.explain(run, text)
+            scores = run.calibrated(run.logits([text]))[0]
             assert pieces[0][0] == 'P(class)', (method, text)
-            assert abs(sum(v for _, v in pieces) - (logits[-1] - logits[-2])) < 1e-3, (method, text)
+            assert second == run.labels[np.argsort(-scores)[1]]
+            assert abs(sum(v for _, v in pieces) - np.ptp(scores)) < 1e-3, (method, text)
             room = run.args['max_length']
             assert ''.join(t for t, _ in pieces[1:]) == (
                 text[:room] if len(text) > room else text + '<|endoftext|>'
             )
+        run.rule = 'bayes'
         best, second = np.argsort(-run.logits(['cat'])[0])
-        assert (
-            abs(
-                lib.explain.explain(run, 'cat')[0][1]
-                - (run.log_prior[best] - run.log_prior[second])
-            )
-            < 1e-6
-        )
+        first = lib.explain.explain(run, 'cat')[1][0][1]
+        assert abs(first - (run.log_prior[best] - run.log_prior[second])) < 1e-6
     terms = opened('lora').token_logprobs('cat dog')[1]
     assert terms.shape == (8, 2)
     assert np.allclose(
@@ -142,14 +154,48 @@ def test_gen_explain():
     )
 
 
-def test_gen_readable():
+def test_words():
+    """Bytes and BPE pieces are joined to words, whole characters at least; every token is in one
+    word, in order."""
     enc = tokenizer('bytes')
-    ids = list('a中é'.encode()) + list(b'\xff\xfe') + [ord('z')]
-    pieces = readable(enc, ids, [float(2**i) for i in range(len(ids))])
-    assert pieces[:3] == [('a', 1.0), ('中', 14.0), ('é', 48.0)]
-    assert sum(v for _, v in pieces) == 2 ** len(ids) - 1
-    assert ''.join(t for t, _ in pieces[3:]).endswith('z') and '\ufffd' in pieces[3][0]
-    assert readable(enc, list('中'.encode())[:2], [1.0, 2.0]) == [('\ufffd', 3.0)]
+
+    def split(text, end=False):
+        ids = list(text if isinstance(text, bytes) else text.encode()) + [256] * end
+        found = words(enc, ids)
+        assert [start for _, start, _ in found] == [0, *(stop for *_, stop in found)][:-1]
+        assert found[-1][2] == len(ids)
+        return [word for word, *_ in found]
+
+    assert split('not  so dull, is it?') == ['not', '  so', ' dull', ',', ' is', ' it', '?']
+    assert split("don't... 3 grüne a_b\n", True) == (
+        ["don't", '...', ' 3', ' grüne', ' a_b', '\n', '<|endoftext|>']
+    )
+    assert split('e\u0301te\u0301 हिन्दी') == ['e\u0301te\u0301', ' हिन्दी']  # combining marks
+    assert split('中文字') == ['中', '文', '字']
+    assert split(b'a\xff\xfez')[0] == 'a' and '\ufffd' in ''.join(split(b'a\xff\xfez'))
+    assert split('中'.encode()[:2]) == ['\ufffd']
+    assert words(enc, [256]) == [('<|endoftext|>', 0, 1)]
+    folder = real_data('gpt2_bpe')
+    gpt2 = tokenizer('gpt2', folder)
+    text = 'An unfathomably overlong anticlimax.'
+    ids = gpt2.encode_ordinary(text)
+    found = [word for word, *_ in words(gpt2, ids)]
+    assert len(found) == 5 < len(ids) and found[1] == ' unfathomably' and ''.join(found) == text
+
+
+def test_explain_names_the_runner_up():
+    """On a line of its own; colours only for a terminal that wants them."""
+    texts = [gen_run('lora'), '--explain', '--dtype', 'fp32', 'cat dog']
+    label = script(predict.main, texts)[1].split('\t')[0]
+    other = ({'animals', 'numbers'} - {label}).pop()
+    for change, painted in (({}, True), (dict(NO_COLOR='1'), False), (dict(TERM='dumb'), False)):
+        screen = Terminal()
+        with environment(**{'NO_COLOR': None, 'TERM': 'xterm', **change}):
+            with contextlib.redirect_stdout(screen):
+                predict.main(texts)
+        text = screen.getvalue()
+        assert f'against {other}: ' in text and ('\033[' in text) == painted, (change, text)
+    assert f'against {other}: ' in script(predict.main, texts)[1]
 
 
 def test_gen_html():
@@ -160,7 +206,8 @@ def test_gen_html():
     html = read_bytes(page).decode()
     assert html.startswith('<!doctype html>') and html.count('<p><b>') == 2
     assert '<script' not in html and 'http' not in html and 'src=' not in html
-    assert '>&lt;</span>' in html and '>&amp;</span>' in html and '>P(class)</span>' in html
+    assert '> &lt;</span>' in html and '>&gt;&amp;</span>' in html and '>P(class)</span>' in html
+    assert ' against ' in html
     assert len(text.splitlines()) == 2
     raises(
         UserError,

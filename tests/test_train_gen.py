@@ -101,7 +101,7 @@ def test_gen_every_method_end_to_end():
         assert all(abs(sum(r['probs'].values()) - 1) < 1e-9 for r in rows)
         got = [[r['logprobs'][name] for name in run.labels] for r in rows]
         assert np.allclose(got, logits - run.log_prior, atol=1e-3)
-        assert [r['label'] for r in rows] == [run.labels[c] for c in logits.argmax(1)]
+        assert [r['label'] for r in rows] == [run.labels[c] for c in run.probs(logits).argmax(1)]
         assert ('nats_per_token' in rows[0]) == (method != 'direct')
 
 

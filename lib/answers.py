@@ -1,0 +1,76 @@
+"""What predict.py writes of a text: a line, a JSON object, or a row of a table. A record is
+dict(text, label or None, probs {label: probability}), of some runs with logprobs and
+nats_per_token, with --explain with runner_up and explain [(word, number)]."""
+
+import csv
+import io
+import json
+
+from lib.explain import painted
+
+
+def as_json(record):
+    return json.dumps(record, ensure_ascii=False)
+
+
+def as_line(record, screen=False, colours=False, explained=True):
+    """Label, its probability and the text, separated by tabs; below them the explanation. screen:
+    for a terminal, where a long text is cut; colours: paint the explanation."""
+    label, p = record['label'], max(record['probs'].values())
+    flat = ' '.join(record['text'].split())
+    flat = flat[:100] + '...' if screen and len(flat) > 100 else flat
+    line = f'{"-" if label is None else label}\t{p:.4f}\t{flat}'
+    if not explained or 'explain' not in record:
+        return line
+    pieces = record['explain']
+    plain = '  '.join(f'{word!r} {v:+.3f}' for word, v in pieces)
+    return f'{line}\n  against {record["runner_up"]}: {painted(pieces) if colours else plain}'
+
+
+def prompt(path, labels, lines):
+    """Classify what is typed on a terminal until Ctrl-D. lines: a function of pairs of a row and a
+    text -> what to print of them."""
+    print(f'{path}: {", ".join(labels)}. Type a text; Ctrl-D ends.')
+    while True:
+        try:
+            text = input('> ')
+        except EOFError:
+            print()
+            return
+        for line in lines([({}, text)]):
+            print(line)
+
+
+class Table:
+    """The rows of a .csv or .tsv file: the columns of the input, then label, probability and
+    P(class) of every class. A name that the input has already gets `predicted_` in front."""
+
+    def __init__(self, sep):
+        self.sep, self.columns, self.added = sep, None, None
+
+    @staticmethod
+    def of(path):
+        """The table that a file of this name holds, or None."""
+        seps = {'.csv': ',', '.tsv': '\t'}
+        return next((Table(s) for kind, s in seps.items() if path.lower().endswith(kind)), None)
+
+    def row(self, row, record):
+        """row: {column: field} of the input -> a line, the first one below a header. Columns that
+        the first row lacks (of a .jsonl file) are left out."""
+        head = ''
+        if self.columns is None:
+            self.columns, taken, self.added = list(row), {*row}, []
+            for name in ('label', 'probability', *(f'P({label})' for label in record['probs'])):
+                while name in taken:
+                    name = f'predicted_{name}'
+                self.added.append(name)
+                taken.add(name)
+            head = self.line([*self.columns, *self.added]) + '\n'
+        label, probs = record['label'], list(record['probs'].values())
+        fields = [row.get(name, '') for name in self.columns]
+        return head + self.line([*fields, '' if label is None else label, max(probs), *probs])
+
+    def line(self, fields):
+        out = io.StringIO()
+        csv.writer(out, delimiter=self.sep, lineterminator='').writerow(fields)
+        return out.getvalue()
