@@ -127,6 +127,7 @@ class GPT(nn.Module):
             self.score = Head(cfg.n_embd, num_labels, bias=False)
         # lora.py: learned vectors in front of every text, (N, C), or (K, N, C) with classes
         self.register_parameter('prompt', None)
+        self.pooling, self.pad_to = 'last', 0  # what pool() reads; with 'pad' (B, pad_to) ids
         self.classes = 0  # K > 0: LoRA or prompt hold K slices, and every text is read K times
 
     @property
@@ -158,13 +159,25 @@ class GPT(nn.Module):
         return self.ln_f(x)[:, x.shape[1] - ids.shape[1] :]
 
     def pool(self, x, lengths):
-        """x (B, T, C), lengths (B,) -> the state of each text's last token (B, C), found by its
-        length, never by its id: so the logits do not depend on the padding."""
+        """x (B, T, C), lengths (B,) -> the state of each text that the head reads (B, C), found by
+        length, never by id: so the logits do not depend on the padding (but with 'pad')."""
+        if self.pooling == 'first':  # under a causal mask it has seen one token
+            return x[:, 0]
+        if self.pooling == 'pad':  # the last position, a pad in all but the longest texts
+            return x[:, -1]
+        if self.pooling == 'mean':
+            real = torch.arange(x.shape[1], device=x.device) < lengths[:, None]  # (B, T)
+            return (x * real[..., None]).sum(1) / lengths[:, None]
         return x[torch.arange(len(x), device=x.device), lengths - 1]
+
+    def padded(self, ids):
+        """ids (B, T) -> (B, pad_to) with 'pad', else as they are."""
+        missing = self.pad_to - ids.shape[1] if self.pooling == 'pad' else 0
+        return F.pad(ids, (0, missing), value=self.end)
 
     def classify(self, ids, lengths):
         """ids (B, T) int64 padded on the right, lengths (B,) int64 >= 1 -> logits (B, K)."""
-        return self.score(self.pool(self.hidden(ids), lengths))
+        return self.score(self.pool(self.hidden(self.padded(ids)), lengths))
 
     def forward(self, ids, lengths):
         return self.classify(ids, lengths)

@@ -36,7 +36,7 @@ from lib import (
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
 from lib.interrupt import interrupted, interruptible
-from lib.metrics import metrics, softmax
+from lib.metrics import metrics, selection, softmax
 from lib.predictions import write_predictions
 from lib.report import counted, report
 from lib.resume import load_resume, restore, save_resume
@@ -63,6 +63,11 @@ def parse(argv):
     add('--prompt', type=cli.positive, metavar='N', help=text)
     add, text = group.add_argument, 'hidden units of an adapter'
     add('--bottleneck', type=cli.positive, default=64, metavar='N', help=text)
+    text = (
+        'state the head reads: the last token, the first (it has seen itself alone), the mean of '
+    )
+    text += 'all, or pad all to --max_length and read the last pad (slow, worse: docs/editing.md)'
+    add('--pool', choices=flags.POOLS, default='last', help=text)
     flags.lora_flags(p)
     add, text = flags.optim_flags(p), 'balanced: a class weighs rows / (classes x its rows)'
     add('--class_weights', text, ('none', 'balanced'), 'none')
@@ -97,6 +102,7 @@ def load(args, given, saved):
         positions = f'the model has {model.cfg.block_size} positions{taken}'
         raise UserError(f'--max_length {args.max_length} does not fit: {positions}')
     args.max_length = max(1, min(args.max_length, room))  # lora.add_prompt checks --prompt
+    model.pooling, model.pad_to = args.pool, args.max_length
     return ds, model, tokenize(enc, ds.train.texts), tokenize(enc, ds.val.texts)
 
 
@@ -114,13 +120,13 @@ def main(argv=None):
     wrapped = lora.adapt(model, args.method, *options, args.bottleneck, args.prompt, args.top)
     model.set_dropout(args.trunk_dropout)
     info = runfolder.begin(args, ds, model, read, saved)
-    facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method)
+    facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method, args.pool)
     device.place(model, dev, dtype)
     if not args.plain:  # the same numbers, sooner; may be deleted
         token_ids = np.append(train.flat, model.end) if args.full else None
         fast.speed_up(model, dev, dtype, token_ids, pack=not args.compile)
     training.wrap_blocks(model, args)
-    params, net = lora.trainables(model), ranks.wrap(model)
+    params, net = lora.trainables(model), ranks.wrap(model.train())
     opt = training.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
     state = params, opt, scaler  # what resume.pt holds
@@ -128,19 +134,19 @@ def main(argv=None):
     # --- the steps ---
     lengths = np.minimum(train.lengths, args.max_length)  # (N,) tokens that are read
     plan = training.Plan(args, lengths, data.batches, args.max_steps, args.epochs, args.lr)
+    where = args.max_length, args.keep, dev, dtype
     y, counts = ds.train.y, np.bincount(ds.train.y)
     balanced = args.class_weights == 'balanced'
     class_weights = len(y) / (len(counts) * counts) if balanced else None  # (K,)
     weights = torch.tensor(class_weights).float().to(dev) if balanced else None
-    place = dev, dtype, reason
-    print('\n'.join(summary.describe(args, ds, train, model.cfg, place) + facts))
+    print('\n'.join(summary.describe(args, ds, train, model.cfg, (dev, dtype, reason)) + facts))
     changed = given - {'lr', 'data', 'model', 'max_steps', 'epochs', *flags.METHODS['cls']}
     print(f'{plan}{plan.hint(given)}, lr {args.lr:g}{summary.flags(args, changed)}', flush=True)
 
     def batch_of(index):
         """Rows index (B,) of the training split -> arguments of loss_of."""
-        where, multiple = (args.max_length, args.keep, model.end, dev), GRAPH_WIDTH if graphs else 1
-        ids, n = data.collate(train, index, *where, multiple=multiple)
+        how, multiple = (args.max_length, args.keep, model.end, dev), GRAPH_WIDTH if graphs else 1
+        ids, n = data.collate(train, index, *how, multiple=multiple)
         batch = ids, n, data.to_device(torch.from_numpy(y[index]), dev)
         return (*batch, feed.states['train'](index, ids.shape[1])) if feed else batch
 
@@ -149,6 +155,7 @@ def main(argv=None):
         states: output of the frozen blocks, if it is cached."""
         with device.autocast(dev, dtype):
             logits = net(ids, n, *states)  # (B, K)
+        log.hits.add_((logits.argmax(1) == y).sum())  # for the log; stays on the device
         return F.cross_entropy(logits.float(), y, weight=weights, reduction='sum')
 
     def weight_of(rows):
@@ -157,42 +164,37 @@ def main(argv=None):
 
     def evaluate(step, best):
         """Evaluate on the validation rows; save the weights if they are the best. -> best score"""
-        where = args.max_length, args.keep, dev, dtype
         fed = dict(net=feed.net, states=feed.states['val']) if feed else {}
         with interrupt.evaluation():
-            logits = class_logits(model, val, *where, **fed, progress=True)
-        probs = softmax(logits)
+            probs = softmax(class_logits(model, val, *where, **fed, progress=True))
         write_predictions(args.out, probs, probs.argmax(1), ds.val.y, ds.labels)
         m = metrics(probs, ds.val.y, ds.labels)
         results = dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
         log.write(step=step, **results)
-        score = m['accuracy'], -m['nll']
+        score = *selection(m, args.select), -step
         if best is None or score > best:
-            best, base_name = score, base.peft_base(args.out, info)
-            runfolder.save_weights(args.out, model, args.method, ds.labels, base_name, read)
-            results = {**info, 'results': dict(step=step, **results)}
-            files.write_json(os.path.join(args.out, 'run.json'), results)
+            best = score
+            runfolder.save(args.out, model, info, read, dict(step=step, **results))
         save_resume(args.out, args, step, best, *state)
         log.restart()
         return best
 
-    graphs = Graphs(loss_of, params.values(), scaler) if args.cuda_graphs else None
     done, best = restore(saved, *state) if saved else (0, None)  # steps, score
-    log = training.Log(args.out, plan, ds.train.texts, done)
+    log = training.Log(args.out, plan, ds.train.texts, done, device=dev)
+    graphs = Graphs(loss_of, params.values(), scaler, [log.hits]) if args.cuda_graphs else None
     if not saved:
         save_resume(args.out, args, 0, None, *state)  # from here on the run can be resumed
-    feed, several = None, plan.max_steps > plan.epoch_steps and ranks.world_size() == 1
-    if several and not args.plain:  # epochs
-        texts = dict(train=train, val=val)
-        feed = frozen.cache(model, texts, args.max_length, args.keep, dev, dtype)
+    several = plan.max_steps > plan.epoch_steps and ranks.world_size() == 1 and not args.plain
+    feed = several and frozen.cache(model, dict(train=train, val=val), *where)
     net = feed.net if feed else net
 
     # --- loop ---
-    model.train()
     with training.memory_advice(args), interruptible() as interrupt:
         if saved and saved['due']:
             best = evaluate(done, best)
         for step, rows in plan.steps(opt, interrupt, done):
+            if log.stops(done, best):
+                break
             parts, factor = plan.parts(rows)
             scale, loss = factor / weight_of(rows), 0.0
             for part in parts:
@@ -223,7 +225,7 @@ def main(argv=None):
     model = net = params = opt = state = graphs = feed = read = saved = batch = part_loss = None
     gc.collect()  # the test needs their memory
     ranks.barrier()
-    return test(args, ds, best)
+    return test(args, ds, summary.best(args, best, done, plan.max_steps))
 
 
 def test(args, ds, best):
@@ -235,7 +237,7 @@ def test(args, ds, best):
     if files.WRITES:
         os.remove(os.path.join(args.out, 'resume.pt'))
     rows = counted(len(ds.test.y), 'row')
-    print(f'\nbest on validation: accuracy {best[0]:.4f}; test ({args.data}, {rows}):')
+    print(f'\n{best}; test ({args.data}, {rows}):')
     print(report(results, ds.labels))
     print(f'\n{summary.suggestions(args.out, ds.test.texts[0])}')
     return dict(out=args.out, val=run.info['results'], test=results)

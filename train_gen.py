@@ -15,7 +15,6 @@ start.script(__name__)
 
 import gc
 import os
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,7 +28,7 @@ from lib.classes import auc, calibrate
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
 from lib.interrupt import interrupted, interruptible
-from lib.metrics import metrics, run_metrics, softmax
+from lib.metrics import metrics, run_metrics, selection, softmax
 from lib.predictions import write_predictions
 from lib.prompts import prompts_of
 from lib.report import counted, report
@@ -87,24 +86,12 @@ def parse(argv):
     if args.class_id is not None and args.out:
         if os.path.isfile(os.path.join(args.out, 'run.json')):
             genflags.inherit(args, given)
-    trains, joint = args.method != 'zero_shot', args.method in ('lora', 'prefix')
-    needs = dict.fromkeys(('prompts', 'direct'), ('--zero_shot', not trains))
-    needs.update(dict.fromkeys(genflags.POSTERIOR[1:], ('--posterior_steps', args.posterior_steps)))
-    text = '--lora or --prefix, the methods that hold all classes in one model'
-    needs['posterior_steps'] = (text, joint)
-    text = '--lora or --full, the methods that train a class alone'
-    needs['class_id'] = (text, args.method in ('lora', 'full'))
-    needs['prior'] = ('classes', args.method != 'pretrain')
-    training_flags = 'max_steps epochs batch_size grad_accum lr weight_decay warmup schedule clip '
-    training_flags += 'trunk_dropout eval_every compile cuda_graphs gradient_checkpointing'
-    text = 'training, and --zero_shot has none'
-    needs.update(dict.fromkeys(training_flags.split(), (text, trains)))
-    flags.check_flags(args, given, needs)
+    flags.check_flags(args, given, genflags.needs(args))
     if args.posterior_steps and args.class_id is not None:
         raise UserError(
             '--posterior_steps trains all classes, --class_id one alone; give one of them'
         )
-    args.prior = args.prior or ('counts' if trains and not args.direct else 'uniform')
+    args.prior = args.prior or ('uniform' if args.zero_shot else 'counts')
     if args.direct and args.prior != 'uniform':
         raise UserError('--prior counts does nothing with --direct, which scores P(class | text)')
     return args, given, None
@@ -198,13 +185,13 @@ class Phase:
         rest = (ends, torch.from_numpy(run.ds.train.y[rows]))
         return ids, n, *(data.to_device(t, run.dev) for t in rest)
 
-    def loss_of(self, net, ids, n, ends, y):
+    def loss_of(self, ids, n, ends, y):
         """Sum of a batch's losses: -log P(text | its class), or the cross-entropy of the posterior
         with a share of likelihood (hybrid loss of GeDi, arXiv 2009.06367). ids (B, T), n (B,)
         tokens, ends (B,): scored with <|endoftext|>, y (B,) classes."""
         with device.autocast(self.run.dev, self.run.dtype):
             of = y if self.kind == 'prefix' else None
-            logprobs = net(ids, n, ends, of=of)  # (B,), of the posterior (B, K)
+            logprobs = self.net(ids, n, ends, of=of)  # (B,), of the posterior (B, K)
         if self.kind != 'posterior':
             return -logprobs.sum()
         own = logprobs.gather(1, y[:, None]).squeeze(1) / (n + ends)  # (B,) nats per token
@@ -238,7 +225,7 @@ class Phase:
         if self.kind in ('prefix', 'posterior'):
             m = metrics(softmax(logprobs + self.run.log_prior), y, labels)
             results = dict(val_loss=m['nll'], val_accuracy=m['accuracy'])
-            return (m['accuracy'], -m['nll']), {**results, 'val_macro_f1': m['macro_f1']}
+            return selection(m, self.run.args.select), {**results, 'val_macro_f1': m['macro_f1']}
         own = self.own if self.kind == 'class' else np.full(len(self.val), True)
         n = scored_lengths(self.model.end, self.val, self.run.args.max_length)
         loss = -float(logprobs[own].sum() / n[own].sum())
@@ -253,12 +240,11 @@ def train_phase(run, kind, label, number, saved):
     """Train one model; saved: its state, if it was interrupted. -> exit code"""
     args, dev, phase = run.args, run.dev, Phase(run, kind, label, number)
     model, plan, lengths = phase.model, phase.plan, phase.lengths
-    params, net = lora.trainables(model), ranks.wrap(model)
+    params, phase.net = lora.trainables(model), ranks.wrap(model.train())
     opt = training.make_optimizer(model, plan.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=run.dtype == torch.float16)
     state = params, opt, scaler  # what resume.pt holds
-    loss_of = partial(phase.loss_of, net)
-    graphs = Graphs(loss_of, params.values(), scaler) if args.cuda_graphs else None
+    graphs = Graphs(phase.loss_of, params.values(), scaler) if args.cuda_graphs else None
     done, best = restore(saved, *state) if saved else (0, None)  # steps, score
     log = phase.log(done)
     if not done:
@@ -268,19 +254,20 @@ def train_phase(run, kind, label, number, saved):
         with interrupt.evaluation():
             score, results = phase.evaluate(step)
         log.write(step=step, **results)
-        if best is None or score > best:
-            best = score
+        if best is None or (*score, -step) > best:
+            best = *score, -step
             genrun.save_weights(run, phase, dict(step=step, **results))
         save_resume(phase.work, args, step, best, *state)
         log.restart()
         return best
 
     # --- loop ---
-    model.train()
     with training.memory_advice(args), interruptible() as interrupt:
         if saved and saved['due']:
             best = evaluate(done, best)
         for step, rows in plan.steps(opt, interrupt, done):
+            if log.stops(done, best):
+                break
             parts, factor = plan.parts(rows)
             scale, loss = factor / phase.weight_of(rows), 0.0
             for part in parts:
@@ -288,8 +275,8 @@ def train_phase(run, kind, label, number, saved):
                 if graphs:
                     part_loss = graphs(torch.full((), scale, device=dev), *batch)
                 else:
-                    with ranks.sync_gradients(net, last=part is parts[-1]):
-                        part_loss = loss_of(*batch) * scale
+                    with ranks.sync_gradients(phase.net, last=part is parts[-1]):
+                        part_loss = phase.loss_of(*batch) * scale
                         scaler.scale(part_loss).backward()
                 loss = loss + part_loss.detach()  # a tensor: reading it would wait for the GPU
                 log.count(lengths[part].sum(), batch[0].numel())

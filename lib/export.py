@@ -25,6 +25,9 @@ def export(path, folder, data_dir=None):
     if run.info['method'] == 'zero_shot':
         problem = '--zero_shot is the base model behind a prompt'
         raise UserError(f'{path} trained nothing that could be exported: {problem}')
+    if run.kind == 'cls' and run.args['pool'] != 'last':
+        problem = f'its head reads --pool {run.args["pool"]}, and transformers the last token'
+        raise UserError(f'{path} cannot be exported: {problem}; train with --pool last')
     parts = [('', run.model, None)]  # folder, model, index of the class
     if run.kind == 'gen':
         models = [model for model, _ in run.passes]

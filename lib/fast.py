@@ -42,7 +42,8 @@ def speed_up(model, device, dtype, token_ids=None, pack=True):
 
     if model.classes and same('GPT.hidden', selfcheck.check_hidden(model, share_blocks, formula)):
         share_blocks(model)
-    if hasattr(model, 'score') and isinstance(vars(model.h[-1]).get('forward'), FastBlock):
+    ends_fast = model.pooling == 'last' and isinstance(vars(model.h[-1]).get('forward'), FastBlock)
+    if hasattr(model, 'score') and ends_fast:
         if same('GPT.classify', selfcheck.check_classify(model, read_last, formula)):
             read_last(model)
     if same('GPT.next_logprobs', selfcheck.check_vocabulary(model, FastVocabulary)):

@@ -14,6 +14,8 @@ from lib.textfiles import is_separator
 METHODS = dict(gen=('lora', 'full', 'prefix', 'zero_shot'))
 METHODS['cls'] = ('lora', 'head', 'last', 'full', 'adapter', 'prompt')
 ALL_METHODS = (*METHODS['cls'], *METHODS['gen'], 'pretrain')
+SELECT = ('accuracy', 'macro_f1', 'nll', 'mcc')  # names of metrics()
+POOLS = ('last', 'first', 'mean', 'pad')  # of GPT.pool
 # where published recipes for pretrained GPT-2 start; random weights need larger steps
 LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2)
 LR.update(prefix=3e-5, pretrain=3e-5)
@@ -112,6 +114,10 @@ def optim_flags(p):
     add('--schedule', 'learning rate after the warmup: to 0, or constant', schedules, 'linear')
     add('--clip', 'max gradient norm (0 = off)', not_negative, 1.0)
     add('--trunk_dropout', "GPT-2's own dropout: embedding, attention, residual", share, 0.0)
+    text = 'validation score that chooses the weights to save; ties: the lower nll'
+    add('--select', text, SELECT, 'accuracy')
+    text = 'stop after N validations in a row without a better --select score (default: never)'
+    add('--patience', text, positive)
     return add
 
 

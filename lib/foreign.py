@@ -36,6 +36,7 @@ def elsewhere(path):
     names = 'data data_dir val test text_col label_col sep encoding max_samples'.split()
     args = dict(dict.fromkeys(names), seed=1337, split_seed=1337, drop_unlabelled=False)
     args.update(balance=False, quick=False, **reading(path))
+    args['pool'] = 'last'  # as GPT2ForSequenceClassification
     info = dict(kind='cls', method=method, model=base, data=None, labels=labels, args=args)
     return dict(info, base=dict(name=base, sha256=None))
 

@@ -123,7 +123,7 @@ class Tail:
         return self.tail.classify(ids, lengths)
 
     def states_of(self, ids, lengths):
-        return self.front.hidden(ids)
+        return self.front.hidden(self.front.padded(ids))
 
 
 def part(model, blocks):
@@ -146,14 +146,15 @@ class FrozenStates:
     def __init__(self, net, model, tokens, max_length, keep, device, dtype, fresh):
         lengths = np.minimum(tokens.lengths, max_length)
         self.pooled, self.device = net.pooled, device
-        self.rows = np.ones_like(lengths) if net.pooled else lengths
+        read = np.full_like(lengths, model.pad_to) if model.pooling == 'pad' else lengths
+        self.rows = np.ones_like(lengths) if net.pooled else read
         order = np.argsort(-lengths, kind='stable')  # that of in_batches
         self.starts = np.empty_like(lengths)
         self.starts[order] = np.cumsum(self.rows[order]) - self.rows[order]
         kind = torch.float32 if net.pooled else dtype
         n, C = int(self.rows.sum()), model.cfg.n_embd
         size = n * C * kind.itemsize
-        settings = (max_length, keep, net.pooled, kind, dtype, device.type)
+        settings = (max_length, keep, net.pooled, kind, dtype, device.type, model.pooling)
         path = files.cached(f'frozen/{key_of(model, tokens, settings)}.bin')
 
         def compute(f):

@@ -1,5 +1,5 @@
-"""Flags of train_gen.py that come from a run that exists: --resume, and --class_id with its --out.
-Called by train_gen.py."""
+"""Flags of train_gen.py: which need which, and those that come from a run that exists (--resume,
+and --class_id with its --out). Called by train_gen.py."""
 
 import glob
 import os
@@ -11,6 +11,25 @@ from lib.resume import load_resume
 POSTERIOR = ('posterior_steps', 'likelihood_share', 'posterior_lr')
 ALIKE = ('model', 'scratch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'max_length', 'keep')
 ALIKE += ('r', 'alpha', 'targets', 'top')  # all classes of a run have the same
+
+
+def needs(args):
+    """-> what check_flags needs to know of the flags of train_gen.py"""
+    trains, joint = args.method != 'zero_shot', args.method in ('lora', 'prefix')
+    found = dict.fromkeys(('prompts', 'direct'), ('--zero_shot', not trains))
+    found.update(dict.fromkeys(POSTERIOR[1:], ('--posterior_steps', args.posterior_steps)))
+    text = '--lora or --prefix, the methods that hold all classes in one model'
+    found['posterior_steps'] = (text, joint)
+    text = '--lora or --full, the methods that train a class alone'
+    found['class_id'] = (text, args.method in ('lora', 'full'))
+    text = '--prefix or --posterior_steps: classes and pretraining have scores of their own'
+    found['select'] = (text, args.prefix or args.posterior_steps)
+    found['prior'] = ('classes', args.method != 'pretrain')
+    training_flags = 'max_steps epochs batch_size grad_accum lr weight_decay warmup schedule clip '
+    training_flags += 'trunk_dropout patience eval_every compile cuda_graphs gradient_checkpointing'
+    text = 'training, and --zero_shot has none'
+    found.update(dict.fromkeys(training_flags.split(), (text, trains)))
+    return found
 
 
 def resume(args, given):

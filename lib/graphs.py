@@ -30,8 +30,9 @@ class Graphs:
     them. A graph replays operations on fixed addresses, so inputs are copied there, gradients are
     accumulated in place (zero_grad(set_to_none=False)), and fn must not synchronize the GPU."""
 
-    def __init__(self, fn, params, scaler):
-        self.fn, self.params, self.scaler = fn, list(params), scaler
+    def __init__(self, fn, params, scaler, counts=()):
+        """counts: tensors to which fn adds."""
+        self.fn, self.params, self.scaler, self.counts = fn, list(params), scaler, counts
         self.recorded, self.pool = {}, None
         for p in self.params:
             p.grad = torch.zeros_like(p)
@@ -52,13 +53,14 @@ class Graphs:
         return loss.detach()
 
     def record(self, places):
-        """-> (tensors for the inputs, function that replays, tensor of the loss). Leaves gradients
-        and the random state as they were."""
-        before = [p.grad.clone() for p in self.params]
+        """-> (tensors for the inputs, function that replays, tensor of the loss). Leaves gradients,
+        counts and the random state as they were."""
+        kept = [p.grad for p in self.params] + [*self.counts]
+        before = [t.clone() for t in kept]
         with torch.random.fork_rng([t.device for t in places[:1] if t.is_cuda]):
             replay, loss = self.capture(places)
-        for p, g in zip(self.params, before):
-            p.grad.copy_(g)
+        for t, value in zip(kept, before):
+            t.copy_(value)
         return places, replay, loss
 
     def capture(self, places):

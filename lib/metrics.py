@@ -68,6 +68,11 @@ def metrics(probs, y, labels, pred=None):
     return m
 
 
+def selection(m, name):
+    """metrics() -> the score --select asks for, as a tuple of which the larger is the better."""
+    return (-m['nll'],) if name == 'nll' else (m[name], -m['nll'])
+
+
 def scores(confusion, support, labels):
     """Confusion matrix (K, K), rows of each true class (K,)
     -> accuracy, macro_f1, weighted_f1, mcc; {label: precision, recall, f1, support}."""

@@ -10,7 +10,7 @@ import lora
 from lib import base, checkpoints, files, ranks, rundata, summary
 from lib.checkpoints import NAMES
 from lib.files import UserError
-from lib.flags import METHODS
+from lib.flags import METHODS, POOLS
 from lib.foreign import elsewhere
 from lib.peft import extras, peft_names, save_peft
 from lib.tensors import save_safetensors
@@ -46,6 +46,13 @@ def begin(args, ds, model, read, saved):
     trained, total = lora.count(model)
     info.update(args=vars(args), parameters=dict(trainable=trained, total=total))
     return {**info, 'versions': summary.versions()}
+
+
+def save(folder, model, info, read, results):
+    """Write what train_cls.py trained, and run.json; info: its contents but for `results`."""
+    base_name = base.peft_base(folder, info)
+    save_weights(folder, model, info['method'], info['labels'], base_name, read)
+    files.write_json(os.path.join(folder, 'run.json'), {**info, 'results': results})
 
 
 def save_weights(folder, model, method, labels, base_name, read=None):
@@ -97,7 +104,7 @@ def read_run(path):
         raise UserError(f'{record} is not one that train_cls.py or train_gen.py wrote')
     for key in ('args', 'pending'):
         if isinstance(info.get(key), dict):
-            info[key] = upgraded(info[key])
+            info[key] = upgraded(info[key], info.get('kind', 'cls'))
     wrong = malformed(info)
     if wrong:
         problem = f'{wrong} is missing or malformed'
@@ -105,14 +112,12 @@ def read_run(path):
     return info
 
 
-def upgraded(args):
+def upgraded(args, kind):
     """Flags of an older run, with the names of today."""
-    args = {**args}
-    args.setdefault('plain', False)
-    args.setdefault('split_seed', args.get('seed'))
-    args.setdefault('drop_unlabelled', False)
-    for name in ('sep', 'encoding', 'eval_samples'):
-        args.setdefault(name, None)
+    older = dict(plain=False, split_seed=args.get('seed'), drop_unlabelled=False)
+    older.update(dict.fromkeys(('sep', 'encoding', 'eval_samples', 'patience')), select='accuracy')
+    older.update(dict(pool='last') if kind == 'cls' else {})
+    args = {**older, **args}
     if 'keep' not in args and 'truncate' in args:
         args['keep'] = dict(head='first', tail='last').get(str(args.pop('truncate')))
     return args
@@ -160,6 +165,8 @@ def malformed(info):
     for name, check in args_fields(method).items():
         if name not in args or not check(args[name]):
             return name
+    if info.get('kind') != 'gen' and args['pool'] not in POOLS:
+        return 'pool'
     if info.get('kind') == 'gen' or method in ('lora', 'adapter', 'prompt'):
         named = isinstance(base, dict) and TEXT(base.get('name')) and 'sha256' in base
         if not named or not optional(TEXT)(base['sha256']):

@@ -53,6 +53,7 @@ def open_cls(path, info, how):
             load_peft(path, model)
     room = model.cfg.block_size - (0 if model.prompt is None else len(model.prompt))
     args['max_length'] = min(args['max_length'] or room, room)  # None in a folder from elsewhere
+    model.pooling, model.pad_to = args['pool'], args['max_length']
     return Run(path, info, model, how)
 
 

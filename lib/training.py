@@ -181,11 +181,13 @@ class Log:
     terminal, plain lines in a pipe. The loop calls count() for each part, add() for each step.
 
     texts: those that the rows of the plan stand for.  done: steps of a resumed run; later lines are
-    dropped.  extra: fields of every line."""
+    dropped.  extra: fields of every line.  device: of .hits (), to which a loop may add the
+    number of texts that it classified right; the log sets it back."""
 
-    def __init__(self, out, plan, texts, done=0, extra=None):
+    def __init__(self, out, plan, texts, done=0, extra=None, device=None):
         self.path, self.plan, self.texts = os.path.join(out, 'log.jsonl'), plan, texts
         self.extra, kept = extra or {}, []
+        self.hits = device and torch.zeros((), dtype=torch.int64, device=device)
         if done and os.path.isfile(self.path):
             with open(self.path, encoding='utf-8', errors='replace') as f:
                 lines = [line for line in f if line.endswith('\n')]
@@ -196,6 +198,8 @@ class Log:
     def restart(self):
         """Start counting and the clock anew: the speeds are those of training alone."""
         self.losses, self.rows, self.real, self.padded = [], 0, 0, 0
+        if self.hits is not None:
+            self.hits.zero_()
         self.since = time.perf_counter()
 
     def count(self, real, padded):
@@ -210,12 +214,24 @@ class Log:
         self.rows += rows
         if step % self.plan.args.log_every == 0 or self.plan.evaluates(step):
             loss, seconds = self.check(step), time.perf_counter() - self.since
-            real, padded = ranks.all_reduce(torch.tensor([self.real, self.padded])).tolist()
+            hits = 0 if self.hits is None else int(self.hits)
+            totals = torch.tensor([self.real, self.padded, hits])
+            real, padded, hits = ranks.all_reduce(totals).tolist()
             record = dict(step=step, loss=loss, lr=self.plan.rate)
             record.update(examples_per_s=self.rows / seconds, tokens_per_s=real / seconds)
             record.update(pad_share=1 - real / padded)
+            record.update({} if self.hits is None else dict(train_accuracy=hits / self.rows))
             self.write(seconds / len(self.losses), **record)
             self.restart()
+
+    def stops(self, done, best):
+        """--patience: did the last N evaluations bring no better score? best: its last number is
+        minus the step of the best one."""
+        n, every = self.plan.args.patience, self.plan.eval_every
+        if not n or not best or done // every - -best[-1] // every < n:
+            return False
+        self.write(step=done, stopped=f'no better score in {n} validations (--patience {n})')
+        return True
 
     def check(self, step):
         """Mean loss since the last line. Raises UserError if a loss is not finite."""
@@ -237,7 +253,8 @@ class Log:
             parts += [f'{clock((self.plan.max_steps - step) * seconds_per_step)} left']
             text = fitting(parts, width, spare=(5, 4, 2, 3))
         else:
-            text = '  '.join(parts + [f'{k} {v:.4f}' for k, v in record.items() if k != 'step'])
+            shown = [(k, v if type(v) is str else f'{v:.4f}') for k, v in record.items()]
+            text = '  '.join(parts + [f'{k} {v}' for k, v in shown if k != 'step'])
         end = '' if width and 'loss' in record else '\n'
         print(('\r\033[K' if width else '') + text, end=end, flush=True)
 

@@ -57,7 +57,7 @@ def test_every_method_end_to_end():
         assert (info['data'], info['model'], info['seed']) == ('demo', 'nano', 1337)
         assert results['n'] == 200 and sum(map(sum, results['confusion'])) == 200
         keys = {'step', 'loss', 'lr', 'examples_per_s', 'tokens_per_s', 'pad_share'}
-        assert any(keys == set(r) for r in records(out))
+        assert any(keys | {'train_accuracy'} == set(r) for r in records(out))
         assert {'val_loss', 'val_accuracy'} <= set(records(out)[-1])
         names = set(os.listdir(out))
         of_peft = {'adapter_config.json', 'adapter_model.safetensors', 'base'}
