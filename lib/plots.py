@@ -1,6 +1,7 @@
 """PNGs for `eval.py --plot DIR`: training curves, confusion matrix, reliability (matplotlib)."""
 
 import io
+import math
 import os
 
 import numpy as np
@@ -22,6 +23,13 @@ def figure_class():
     return Figure
 
 
+def whole_numbers(n=9):
+    """At most so many ticks, at whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(n, integer=True, min_n_ticks=1)
+
+
 def read_log(path):
     """log.jsonl -> {key: (steps, values)}. The last line counts for a step that was logged again
     after a resume."""
@@ -31,7 +39,7 @@ def read_log(path):
     with open(path, encoding='utf-8', errors='replace') as f:
         for line in f:
             row = log_row(line) or {}  # None: a line cut off by a kill
-            for key in ('loss', 'val_loss', 'val_accuracy', 'val_auc'):
+            for key in ('loss', 'train_accuracy', 'val_loss', 'val_accuracy', 'val_auc'):
                 if type(row.get(key)) in (int, float):
                     series.setdefault(key, {})[row['step']] = row[key]
     return {key: tuple(zip(*sorted(points.items()))) for key, points in series.items()}
@@ -56,26 +64,36 @@ def plot(folder, names, labels, y, every, results, logs):
 
 
 def curves(names, logs):
-    """Loss and validation accuracy by step, one colour per run."""
+    """Loss and accuracy by step, one colour per run."""
     fig = figure_class()(figsize=(10, 4), layout='constrained')
     left, right = fig.subplots(1, 2)
     for i, (name, log) in enumerate(zip(names, logs)):
         left.plot([], [], color=f'C{i}', label=name)  # the legend's line, whatever the log holds
-        if 'loss' in log:
-            left.plot(*log['loss'], color=f'C{i}', alpha=0.4, lw=1)
-        if 'val_loss' in log:
-            left.plot(*log['val_loss'], color=f'C{i}', **DOTS)
-        for key in ('val_accuracy', 'val_auc'):
-            if key in log:
-                right.plot(*log[key], color=f'C{i}', **DOTS)
+        for ax, pale, keys in (
+            (left, 'loss', ('val_loss',)),
+            (right, 'train_accuracy', ('val_accuracy', 'val_auc')),
+        ):
+            if pale in log:
+                ax.plot(*log[pale], color=f'C{i}', alpha=0.4, lw=1)
+            for key in log.keys() & set(keys):
+                ax.plot(*log[key], color=f'C{i}', **DOTS)
     by_class = any('val_auc' in log for log in logs)  # classes of a generative run, in sequence
     unit, score = 'nats per text', 'accuracy'
     if by_class:
         unit, score = unit + ' (class: per token)', score + ' (class: area under ROC)'
     left.set(xlabel='step', ylabel=unit, title='loss (pale: training, dots: validation)')
-    right.set(xlabel='step', ylabel=score, title='validation accuracy')
-    left.grid(alpha=0.3)
-    right.grid(alpha=0.3)
+    trained = any('train_accuracy' in log for log in logs)
+    title = 'accuracy (pale: training, dots: validation)' if trained else 'validation accuracy'
+    right.set(xlabel='step', ylabel=score, title=title)
+    if left.get_ylim()[0] < 0:  # a margin below a loss near 0
+        left.set_ylim(bottom=0)
+    shown = [y for line in right.lines for y in line.get_ydata()]
+    low = math.floor(min(shown, default=0) * 10) / 10  # a tenth: an axis of 0.995 to 1 misleads
+    right.set_ylim(min(low, 0.9), 1.005)
+    for ax in (left, right):
+        ax.set_xlim(left=0)
+        ax.xaxis.set_major_locator(whole_numbers())
+        ax.grid(alpha=0.3)
     fig.legend(loc='outside lower center', fontsize=8, ncols=3)
     return fig
 
@@ -104,18 +122,23 @@ def confusion(names, ticks, results):
 
 
 def calibration(names, y, every, results):
-    """Accuracy by the probability of the predicted class, above the number of texts in each bin."""
+    """Accuracy by the probability of the predicted class, above the number of texts in each bin. It
+    sets the area of a dot; the line leaves out bins of a single text."""
     fig = figure_class()(figsize=(5, 6.5), layout='constrained')
     top, low = fig.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     top.plot([0, 1], [0, 1], color='0.6', ls='--', lw=1, label='perfect calibration')
     for i, (name, probs, m) in enumerate(zip(names, every, results)):
         count, mean, accuracy = reliability(probs, y)
         label = f'{name}, ECE {m["ece"]:.3f}'
-        top.plot(mean[count > 0], accuracy[count > 0], color=f'C{i}', label=label, **DOTS)
-        edges = np.linspace(0, 1, len(count) + 1)
-        low.stairs(count / len(y), edges, color=f'C{i}', lw=1.5)
-    top.set(ylabel='accuracy', xlim=(0, 1), ylim=(0, 1.02), title='reliability')
-    low.set(xlabel='probability of the predicted class', ylabel='fraction of texts')
+        top.plot(mean[count > 1], accuracy[count > 1], color=f'C{i}', label=label, lw=1)
+        area = 8 + 150 * count / count.max()  # points^2
+        rows = count > 0
+        top.scatter(mean[rows], accuracy[rows], area[rows], color=f'C{i}', alpha=0.7, zorder=3)
+        low.stairs(count, np.linspace(0, 1, len(count) + 1), color=f'C{i}', lw=1.5)
+    least = 1 / every[0].shape[1]  # of the most probable of K classes
+    top.set(ylabel='accuracy', xlim=(least - 0.05, 1.03), ylim=(-0.03, 1.03), title='reliability')
+    low.set(xlabel='probability of the predicted class', ylabel='texts', ylim=(0, None))
+    low.yaxis.set_major_locator(whole_numbers(4))
     top.grid(alpha=0.3)
     low.grid(alpha=0.3)
     fig.legend(loc='outside lower center', fontsize=8)

@@ -14,7 +14,7 @@ import lib.report
 import lib.runs
 from lib.files import UserError, read_json, write_atomic, write_json
 from lib.metrics import reliability
-from lib.plots import read_log
+from lib.plots import calibration, curves, read_log
 from lib.rundata import some_rows
 from lib.runfolder import upgraded
 from tests.helpers import (
@@ -32,6 +32,7 @@ from tests.helpers import (
     tmp,
     topics,
     train,
+    write,
 )
 
 
@@ -89,6 +90,7 @@ def test_metrics_corners():
 def test_metrics_equal_scikit_learn():
     try:
         from sklearn import metrics as sk
+        from sklearn.calibration import calibration_curve
     except ImportError:
         skip('scikit-learn is not installed')
     for seed in range(5):
@@ -114,6 +116,11 @@ def test_metrics_equal_scikit_learn():
         assert close(
             two['brier'], 2 * sk.brier_score_loss(y % 2, probs[:, 1] / probs[:, :2].sum(1))
         )
+        count, mean, accuracy = reliability(probs, y)  # both of the bins that hold rows
+        theirs = calibration_curve(pred == y, probs.max(1), n_bins=15)
+        assert close(accuracy[count > 0], theirs[0]) and close(mean[count > 0], theirs[1])
+        gaps = abs(theirs[0] - theirs[1]) * count[count > 0]
+        assert close(m['ece'], gaps.sum() / len(y))
         silent = np.where(
             np.arange(len(y)) % 7 == 0, -1, pred
         )  # abstentions: a class of their own in the MCC
@@ -375,6 +382,49 @@ def test_plots():
     run_eval(argv + [out])
     assert os.listdir(out) == ['confusion.png']  # no log, no probabilities
     raises(UserError, run_eval, argv + [dump('x')], match='cannot be made a folder')
+
+
+def test_plots_show_how_much_is_behind_a_dot():
+    """Reliability: the area of a dot grows with its texts, no line runs through bins of one text,
+    and the counts below are whole."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        skip('matplotlib is not installed')
+    top = np.array([0.55] + [0.65] * 4 + [0.95] * 20)
+    probs, y = np.stack([top, 1 - top], 1), np.zeros(25, int)
+    y[:2] = 1
+    upper, lower = calibration(['run'], y, [probs], [dict(ece=0.1)]).axes[:2]
+    dots = upper.collections[0]
+    assert np.allclose(dots.get_offsets(), [(0.55, 0), (0.65, 0.75), (0.95, 1)])
+    areas = dots.get_sizes()
+    assert areas[0] < areas[1] < areas[2] and areas[2] > 4 * areas[1], areas
+    line = upper.lines[1]
+    assert np.allclose(line.get_xdata(), [0.65, 0.95]), line.get_xdata()
+    assert upper.get_xlim()[0] < 0.5 < upper.get_xlim()[1] and upper.get_ylim()[1] > 1
+    assert all(tick == int(tick) for tick in lower.get_yticks()), lower.get_yticks()
+
+
+def test_curves_have_sensible_axes():
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        skip('matplotlib is not installed')
+    log = dict(loss=((1, 2, 3), (0.5, 0.1, 0.0)), train_accuracy=((1, 2, 3), (0.9, 0.99, 1.0)))
+    log.update(val_loss=((3,), (0.2,)), val_accuracy=((3,), (0.999,)))
+    left, right = curves(['run'], [log]).axes
+    assert left.get_xlim()[0] == right.get_xlim()[0] == left.get_ylim()[0] == 0
+    assert all(t == int(t) for ax in (left, right) for t in ax.get_xticks())
+    assert right.get_ylim()[0] == 0.9 and 1 < right.get_ylim()[1] < 1.02
+    assert [list(line.get_ydata()) for line in right.lines] == [[0.9, 0.99, 1.0], [0.999]]
+    assert 'training' in right.get_title()
+    del log['train_accuracy']
+    right = curves(['run'], [log]).axes[1]
+    assert right.get_title() == 'validation accuracy' and right.get_ylim()[0] == 0.9
+    out = tiny_run('head')
+    assert read_log(os.path.join(out, 'log.jsonl'))['val_accuracy']
+    path = write('log.jsonl', '{"step": 20, "loss": 0.5, "train_accuracy": 0.75}\n')
+    assert read_log(path)['train_accuracy'] == ((20,), (0.75,))
 
 
 def test_plot_without_matplotlib():
