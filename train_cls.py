@@ -38,6 +38,7 @@ from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
 from lib.interrupt import interrupted, interruptible
 from lib.metrics import metrics, selection, softmax
 from lib.predictions import write_predictions
+from lib.repeat import several_runs
 from lib.report import counted, report
 from lib.resume import load_resume, restore, save_resume
 from lib.rundata import shorten
@@ -72,6 +73,7 @@ def parse(argv):
     add, text = flags.optim_flags(p), 'balanced: a class weighs rows / (classes x its rows)'
     add('--class_weights', text, ('none', 'balanced'), 'none')
     flags.system_flags(p)
+    flags.fold_flags(p)
     args, given = p.parse(argv)
     if args.resume:
         saved = load_resume(args.out)
@@ -95,7 +97,7 @@ def load(args, given, saved):
 
     with ranks.first_of_machine():
         ds, model, enc = flags.or_demo(get, args, given, saved)  # the demo if there is no network
-    shorten(ds, vars(args))  # --quick, --eval_samples
+    ds = shorten(ds, vars(args))  # --quick, --eval_samples, --fold
     room = model.cfg.block_size - (args.prompt or 0)
     if args.max_length > room and 'max_length' in given:
         taken = f', and --prompt takes {args.prompt} of them' if args.prompt else ''
@@ -110,6 +112,8 @@ def main(argv=None):
     """-> dict(out, val, test): run folder, results on the validation rows, metrics() of the test;
     an exit code if interrupted."""
     args, given, saved = parse(argv)
+    if args.seeds > 1 or args.folds and args.fold is None:
+        return several_runs(main, args, given, argv)
     dev, dtype, reason = device.pick_device(args.device, args.dtype)
     check_graphs(args, dev)
     ds, model, train, val = load(args, given, saved)

@@ -31,6 +31,7 @@ from lib.interrupt import interrupted, interruptible
 from lib.metrics import metrics, run_metrics, selection, softmax
 from lib.predictions import write_predictions
 from lib.prompts import prompts_of
+from lib.repeat import several_runs
 from lib.report import counted, report
 from lib.resume import restore, save_resume
 from lib.rundata import shorten
@@ -327,9 +328,10 @@ def finish(run):
 
 
 def main(argv=None):
-    """-> dict(out, val, test): run folder, results on the validation rows, metrics() of the test
-    (out alone where there is no test yet); an exit code if interrupted."""
+    """-> dict(out, val, test), without a test dict(out); an exit code if interrupted"""
     args, given, saved = parse(argv)
+    if args.seeds > 1:
+        return several_runs(main, args, given, argv)
     dev, dtype, reason = device.pick_device(args.device, args.dtype)
     check_graphs(args, dev)
     genrun.recover(args.out)
@@ -345,9 +347,8 @@ def main(argv=None):
             return 130
         gc.collect()  # frees this model before the next one is loaded
     if args.pretrain:
-        score = (
-            f'best on validation: {-run.best[0]:.4f} nats per token; ' if len(run.ds.val.y) else ''
-        )
+        score = f'best on validation: {-run.best[0]:.4f} nats per token; '
+        score *= len(run.ds.val.y) > 0
         print(f'\n{score}saved in {args.out}; try:')
         lines = os.path.isfile(args.data) and not args.data.lower().endswith(tables.KINDS)
         own = 'FILE.csv' if lines else args.data

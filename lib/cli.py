@@ -114,10 +114,18 @@ def number(kind, valid, words):
 
 
 positive = number(int, lambda x: x > 0, 'a whole number above 0')
+several = number(int, lambda x: x > 1, 'a whole number above 1')
 above_zero = number(float, lambda x: 0 < x < float('inf'), 'a number above 0')
 not_negative = number(float, lambda x: 0 <= x < float('inf'), 'a number of at least 0')
 share = number(float, lambda x: 0 <= x < 1, 'a fraction from 0 to below 1')
-NUMBERS = {positive: 'N', int: 'N', above_zero: 'X', not_negative: 'X', share: 'X'}  # metavar
+NUMBERS = {
+    positive: 'N',
+    several: 'K',
+    int: 'N',
+    above_zero: 'X',
+    not_negative: 'X',
+    share: 'X',
+}  # metavar
 
 
 def absolute(path):

@@ -6,7 +6,7 @@ import os
 import sys
 import textwrap
 
-from lib.cli import DATA_SETS, above_zero, absolute, group, not_negative, positive, share
+from lib.cli import DATA_SETS, above_zero, absolute, group, not_negative, positive, several, share
 from lib.download import SHORT
 from lib.files import Unavailable, UserError
 from lib.textfiles import is_separator
@@ -131,6 +131,8 @@ def system_flags(p):
     add('--gradient_checkpointing', 'recompute blocks in backward: less memory, more time', bool)
     add('--plain', 'run the plain model, without lib/fast.py and caches', bool)
     add('--seed', 'random seed for order, init and dropout', int, 1337)
+    text = 'train N runs, with the seeds S, S + 1, ... of --seed S, into OUT-seedS, ...'
+    add('--seeds', text, positive, 1)
     add('--out', 'run folder (default: runs/DATA-METHOD, numbered if taken)', metavar='DIR')
     add('--resume', 'resume the interrupted run in --out with its own flags', bool)
     add('--eval_every', 'steps between validations (default: a quarter of the run)', positive)
@@ -140,6 +142,13 @@ def system_flags(p):
     add('--quick', 'a trial: 100 rows per class of each split, one epoch', bool)
 
 
+def fold_flags(p):
+    add = group(p, 'cross-validation')
+    text = 'K runs in --out, each on all but a K-th of the training rows, and suspects.csv'
+    add('--folds', text, several)
+    p.add_argument('--fold', type=int, help=argparse.SUPPRESS)  # 0 = first: one run of --folds
+
+
 def check_flags(args, given, needs):
     """Refuse flags that would do nothing, then fill in the defaults that depend on others. given:
     names that were typed; needs: {name: (flag without which it does nothing, is that flag there?)},
@@ -147,6 +156,9 @@ def check_flags(args, given, needs):
     lora, scratch = ('--lora', args.method == 'lora'), ('--scratch', args.scratch)
     both = dict.fromkeys('r alpha dropout targets top'.split(), lora)
     both.update(dict.fromkeys('n_layer n_head n_embd block_size'.split(), scratch))
+    tests = args.method not in ('zero_shot', 'pretrain') and getattr(args, 'class_id', None) is None
+    both['seeds'] = ('training that ends with a test', tests)
+    both['folds'] = ('a single seed (--seeds 1)', args.seeds == 1)
     for name, (flag, present) in {**both, **needs}.items():
         if name in given and not present:
             raise UserError(f'--{name} does nothing without {flag}')

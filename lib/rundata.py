@@ -12,7 +12,7 @@ import os
 import numpy as np
 
 import data
-from lib import files
+from lib import files, folds
 from lib.base import data_dir_of
 from lib.files import UserError
 from lib.report import listing
@@ -42,11 +42,13 @@ def own_data(info, data_dir=None):
 
 def shorten(ds, args):
     """Cut the splits that a run is scored on by its flags: --quick to 100 rows per class of val and
-    test, --eval_samples N to N rows of val. -> ds"""
+    test, --eval_samples N to N rows of val; --folds K tests on one of K folds. -> ds"""
     if args['quick']:
         ds.val, ds.test = (data.cap(split, 100, args['split_seed']) for split in (ds.val, ds.test))
     if args['eval_samples']:
         ds.val = some_rows(ds.val, args['eval_samples'], args['split_seed'])
+    if args.get('folds'):
+        ds = folds.fold(ds, args['fold'], args['folds'], args['split_seed'])
     return ds
 
 

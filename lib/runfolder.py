@@ -17,10 +17,15 @@ from lib.tensors import save_safetensors
 from lib.textfiles import is_encoding, is_separator
 
 
-def free_folder(name, method):
-    """runs/NAME-METHOD, numbered if that exists."""
+def first_folder(name, method):
+    """runs/NAME-METHOD"""
     stem = os.path.splitext(os.path.basename(os.path.normpath(name)))[0] or 'data'
-    first = os.path.join('runs', f'{stem}-{method}')
+    return os.path.join('runs', f'{stem}-{method}')
+
+
+def free_folder(name, method):
+    """The same, numbered if that exists."""
+    first = first_folder(name, method)
     numbered = (f'{first}-{i}' for i in itertools.count(2))
     return next(path for path in itertools.chain([first], numbered) if not os.path.exists(path))
 
@@ -115,7 +120,10 @@ def read_run(path):
 def upgraded(args, kind):
     """Flags of an older run, with the names of today."""
     older = dict(plain=False, split_seed=args.get('seed'), drop_unlabelled=False)
-    older.update(dict.fromkeys(('sep', 'encoding', 'eval_samples', 'patience')), select='accuracy')
+    older.update(
+        dict.fromkeys(('sep', 'encoding', 'eval_samples', 'patience', 'folds', 'fold')),
+        select='accuracy',
+    )
     older.update(dict(pool='last') if kind == 'cls' else {})
     args = {**older, **args}
     if 'keep' not in args and 'truncate' in args:
@@ -186,6 +194,7 @@ def args_fields(method):
     fields.update(sep=optional(is_separator), encoding=optional(is_encoding), split_seed=INT)
     fields.update(drop_unlabelled=BOOL)
     fields.update(max_length=COUNT, keep=lambda x: x in ('first', 'last'), data=TEXT, seed=INT)
+    fields.update(folds=optional(COUNT), fold=optional(value(int, valid=lambda i: i >= 0)))
     fields.update(
         max_samples=optional(COUNT), eval_samples=optional(COUNT), balance=BOOL, quick=BOOL
     )
