@@ -32,7 +32,7 @@ from lib.seeds import by_method, by_seed
 
 # score() imports what needs torch: --preds runs without it
 READING = ('text_col', 'label_col', 'sep', 'encoding', 'drop_unlabelled')  # tables.Format
-LOADING = ('data', 'split', 'val', 'test', *READING, 'data_dir', 'allow_seen')
+LOADING = ('data', 'split', 'val', 'test', *READING, 'data_dir', 'base', 'allow_seen')
 SCORING = ('eval_samples', 'rule', 'windows', 'device', 'dtype', 'plain')
 
 
@@ -66,6 +66,7 @@ def parse(argv):
     add('--plot', 'write curves and matrices there as PNG (needs matplotlib)', metavar='DIR')
     add('--json', 'write all numbers there; - = stdout, tables to stderr', metavar='FILE')
     add = cli.group(p, 'system')
+    add('--base', 'their base model, if it was moved (default: as found)', cli.folder, None, 'DIR')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
     dtypes = ('auto', 'bf16', 'fp16', 'fp32')
     add('--dtype', 'matmul precision; auto: the fastest native one', dtypes, 'auto')
@@ -139,14 +140,14 @@ def score(args, out):
     from lib import rundata, runs
     from lib.runfolder import info_of
 
-    infos = [info_of(path) for path in args.run]
+    infos = [info_of(path, args.base) for path in args.run]
     groups = by_method(args.run, infos) if args.mean else None
     ds = load(args, infos)
     split, first = getattr(ds, args.split), infos[0]
     texts, y = split.texts, rundata.match_labels(args.run, infos, ds, split.y, out)
     every = []
     for path, info, line in zip(args.run, infos, rundata.overlap(args, infos, ds)):
-        run = runs.open_run(path, args.device, args.dtype, args.data_dir, args.plain)
+        run = runs.open_to_score(path, info, args)
         run.labels = info['labels']
         print(
             f'{path}: {info["method"]}, {ds.name} {args.split}, {counted(len(y), "text")} '
@@ -193,8 +194,9 @@ def main(argv=None):
         source.update(methods=methods, method_comparisons=tested)
 
     if len(args.run) == 1 and args.split == 'test' and not given & {'data', 'test', *SCORING}:
-        with files.optional():
-            files.write_json(os.path.join(args.run[0], 'eval_results.json'), results[0])
+        from lib.runfolder import update_results
+
+        update_results(args.run[0], results[0])
     if args.plot:
         paths = [os.path.join(run, 'log.jsonl') for run in args.run]
         logs = [read_log(path) if os.path.isfile(path) else {} for path in paths]

@@ -67,6 +67,8 @@ def parse(argv):
     add = cli.group(p, 'system')
     text = 'search here for base model and tokenizer before the cache (default: $NANOCLS_DATA)'
     add('--data_dir', text, metavar='DIR')
+    text = "the run's base model, if it was moved (default: where the run found it)"
+    add('--base', text, cli.folder, metavar='DIR')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
     dtypes = ('auto', 'bf16', 'fp16', 'fp32')
     add('--dtype', 'matmul precision; auto: the fastest native one', dtypes, 'auto')
@@ -82,11 +84,11 @@ def check(args, given):
     for flag, needed in dict(html='explain', **dict.fromkeys(sampling, 'sample')).items():
         if flag in given and not getattr(args, needed):
             raise UserError(f'--{flag} does nothing without --{needed}')
-    system = ('data_dir', 'device', 'dtype', 'plain')
+    system = ('data_dir', 'base', 'device', 'dtype', 'plain')
     classifying = sorted(given - {'run', 'export', 'sample', *sampling, *system})
     if args.sample and classifying:
         raise UserError(f'--sample writes new texts only; leave {classifying[0]} out')
-    ignored = sorted(given - {'run', 'export', 'data_dir'})
+    ignored = sorted(given - {'run', 'export', 'data_dir', 'base'})
     if args.export and ignored:
         raise UserError(f'--export only writes a model, in float32; leave {ignored[0]} out')
     if args.text and args.file:
@@ -162,10 +164,10 @@ def rows_of(run, args):
 def main(argv=None):
     args, given = parse(argv)
     if args.export:
-        for folder in export.export(args.run, args.export, args.data_dir):
+        for folder in export.export(args.run, args.export, args.data_dir, args.base):
             print(f'wrote {folder}')
         return
-    run = runs.open_run(args.run, args.device, args.dtype, args.data_dir, args.plain)
+    run = runs.open_run(args.run, args.device, args.dtype, args.data_dir, args.plain, args.base)
     check_run(run, args, given)
     if args.sample:
         limit, top_k = run.args['max_length'], args.top_k or 0

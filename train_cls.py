@@ -36,7 +36,7 @@ from lib import (
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
 from lib.interrupt import interrupted, interruptible
-from lib.metrics import metrics, selection, softmax
+from lib.metrics import metrics, run_metrics, selection, softmax
 from lib.predictions import write_predictions
 from lib.repeat import several_runs
 from lib.report import counted, report
@@ -235,8 +235,8 @@ def main(argv=None):
 def test(args, ds, best):
     """The final test, on what was saved, opened as predict.py opens it."""
     run = runs.open_run(args.out, args.device, args.dtype, args.data_dir, args.plain)
-    probs = softmax(run.logits(ds.test.texts, progress=True, cache=True))
-    results = metrics(probs, ds.test.y, ds.labels)
+    logits = run.logits(ds.test.texts, progress=True, cache=True)
+    results = run_metrics(run, logits, ds.test.y, ds.labels)[0]
     files.write_json(os.path.join(args.out, 'eval_results.json'), results)
     if files.WRITES:
         os.remove(os.path.join(args.out, 'resume.pt'))

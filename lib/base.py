@@ -45,14 +45,23 @@ def base_info(args, out, cfg, state, labels=None):
         files.make_folder(stored)
         frozen = {n: t for n, t in state.items() if n != 'score.weight'}
         checkpoints.save_hf(stored, cfg, frozen, labels)
+        announce(stored, args.method)
         return dict(name=f'{args.model} --scratch', sha256=checkpoints.base_sha256(stored))
     folder = checkpoints.model_folder(args.model, args.data_dir)
     weights = checkpoints.weight_files(folder)
     small = sum(map(os.path.getsize, weights)) < SMALL_BASE
     if args.method in STAYS and args.model not in HUB_NAMES and small:
         copy_base(folder, stored, weights, cfg, labels)
+        announce(stored, args.method)
     name = args.model if args.model in SHAPES else os.path.abspath(args.model)
     return dict(name=name, sha256=checkpoints.base_sha256(folder))
+
+
+def announce(stored, method):
+    """PEFT reads an absolute path, or one relative to the folder that it is started from: neither
+    moves with the run."""
+    moved = ' (PEFT needs its new path if you move the run: docs/formats.md)'
+    print(f'base model copied to {stored}{moved * (method in ("lora", "prompt"))}')
 
 
 def copy_base(folder, stored, weights, cfg, labels):
@@ -74,18 +83,18 @@ def peft_base(out, info):
     return stored if os.path.isdir(stored) else HUB_NAMES.get(name, name)
 
 
-def base_of(path, info, data_dir=None):
-    """The folder of the base model of a run, wherever it is now; checked to be the one that the run
-    was trained on. Raises UserError if it is gone or is another one."""
+def base_of(path, info, data_dir=None, moved=None):
+    """The folder of the base model of a run, wherever it is now (moved: --base); checked to be the
+    one that the run was trained on. Raises UserError if it is gone or is another one."""
     stored, name, sha256 = os.path.join(path, 'base'), info['base']['name'], info['base']['sha256']
-    where = stored if os.path.isdir(stored) else name
+    where = moved or (stored if os.path.isdir(stored) else name)
     if where in SHAPES:
         place = data_dir_of(info, os.path.join('models', where), data_dir)
         where = checkpoints.model_folder(where, place)
     if sha256 is None:  # random weights that were not kept, or a folder from elsewhere
         return where
     if not os.path.isdir(where):
-        advice = f'copy that folder to {stored}, or write its new place into base.name of run.json'
+        advice = f'name its new place with --base, or copy it to {stored}'
         raise UserError(f'{path}: its base model {name} is no longer there; {advice}')
     current = checkpoints.base_sha256(where)
     if current != sha256:

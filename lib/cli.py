@@ -135,6 +135,13 @@ def absolute(path):
     return os.path.abspath(path) if user else path
 
 
+def folder(path):
+    """A type for Parser: a folder that is there."""
+    if not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f'there is no folder {path!r}')
+    return path
+
+
 def group(p, title):
     """A new argument group -> add(flag, help text, kind, default, metavar), a function that adds a
     flag to it. kind: a type, a tuple of choices, or bool for a flag without a value."""

@@ -14,14 +14,14 @@ from lib.selfcheck import check_merge
 from lib.tokens import EOT, tokenizer_name
 
 
-def export(path, folder, data_dir=None):
+def export(path, folder, data_dir=None, base=None):
     """Write the run in `path` to a new or empty folder, all or nothing: a classifier, or of a
     generative run a language model per class in folders of their own; LoRA is merged in float32,
     the tokenizer comes with it. -> the folders written. Raises UserError if there is no merged
     form."""
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UserError(f'--export {folder} is there already and not empty; name a new folder')
-    run = open_run(path, 'cpu', 'fp32', data_dir, plain=True)
+    run = open_run(path, 'cpu', 'fp32', data_dir, plain=True, base=base)
     if run.info['method'] == 'zero_shot':
         problem = '--zero_shot is the base model behind a prompt'
         raise UserError(f'{path} trained nothing that could be exported: {problem}')

@@ -11,12 +11,13 @@ from lib.peft import adapter_tensors, peft_config
 from model import SHAPES
 
 
-def elsewhere(path):
-    """What run.json would say of a folder that transformers or PEFT wrote. Raises UserError if it
+def elsewhere(path, moved=None):
+    """What run.json would say of a folder that transformers or PEFT wrote (moved: the base model of
+    an adapter, if not the one that it names). Raises UserError if it
     holds no classifier with one class per text."""
     config = os.path.join(path, 'config.json')
     if os.path.isfile(os.path.join(path, 'adapter_config.json')):
-        method, base, head, tensors = read_adapter(path)
+        method, base, head, tensors = read_adapter(path, moved)
     elif os.path.isfile(config):
         method, base, head = 'full', path, 'score.weight'
         tensors = read_checkpoint(path, config)
@@ -41,7 +42,7 @@ def elsewhere(path):
     return dict(info, base=dict(name=base, sha256=None))
 
 
-def read_adapter(path):
+def read_adapter(path, moved=None):
     """-> method, base model, name of the head, tensors of a folder of PEFT"""
     method = 'lora' if 'r' in peft_config(path) else 'prompt'
     c = files.read_object(os.path.join(path, 'adapter_config.json'))
@@ -51,7 +52,8 @@ def read_adapter(path):
             'merge it into its base model with PEFT and train a classifier on that with --model'
         )
         raise UserError(f'{problem}; {advice}')
-    base, tensors = base_named(path, c.get('base_model_name_or_path')), adapter_tensors(path)
+    base = moved or base_named(path, c.get('base_model_name_or_path'))
+    tensors = adapter_tensors(path)
     head = 'base_model.score.weight' if method == 'prompt' else 'base_model.model.score.weight'
     if head not in tensors:
         problem = f'{path} lacks {head}: the adapter was saved without its class head'
@@ -114,6 +116,6 @@ def base_named(path, name):
     names = ', '.join(HUB_NAMES.values())
     raise UserError(
         f'{path}/adapter_config.json: base_model_name_or_path is {name!r}, which is no folder here '
-        f'and not one of {names}; copy the base model to {os.path.join(path, "base")}, or write '
-        'its folder there'
+        f'and not one of {names}; name its folder with --base, or copy it to '
+        f'{os.path.join(path, "base")}'
     )

@@ -112,7 +112,7 @@ def run_metrics(run, logits, y, labels):
     probabilities decide, 'uncalibrated' holds nll, brier and ece before calibration."""
     order = [run.labels.index(name) for name in labels]
     probs = run.probs(logits)[:, order]
-    m = metrics(probs, y, labels)
+    m = dict(metrics(probs, y, labels), dtype=str(run.dtype)[6:])
     if run.rule == 'calibrated':
         m['uncalibrated'] = quality(softmax(logits[:, order]), np.asarray(y))
     return m, probs, probs.argmax(1)

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import shlex
+import sys
 
 import lora
 from lib import base, checkpoints, files, ranks, rundata, summary
@@ -89,9 +90,21 @@ def notes(model, method, pool='last'):
     return lines
 
 
-def info_of(path):
-    """run.json of a run folder, or what it would say of a folder from elsewhere."""
-    return read_run(path) if os.path.isfile(os.path.join(path, 'run.json')) else elsewhere(path)
+def info_of(path, moved=None):
+    """run.json of a run folder, or what it would say of a folder from elsewhere (moved: --base)."""
+    ours = os.path.isfile(os.path.join(path, 'run.json'))
+    return read_run(path) if ours else elsewhere(path, moved)
+
+
+def precision(path, info):
+    """The name of the torch.dtype in which eval_results.json of a run was computed; None if that is
+    not known."""
+    try:
+        recorded = files.read_object(os.path.join(path, 'eval_results.json')).get('dtype')
+    except UserError:  # missing or damaged
+        recorded = None
+    names = dict(fp32='float32', bf16='bfloat16', fp16='float16')  # of --dtype
+    return recorded or names.get(info['args'].get('dtype'))
 
 
 def read_run(path):
@@ -115,6 +128,18 @@ def read_run(path):
         problem = f'{wrong} is missing or malformed'
         raise UserError(f'{record} is damaged: {problem}; restore the file, or train the run again')
     return info
+
+
+def update_results(path, results):
+    """Write eval_results.json of a run; a note instead if it holds results of another precision, or
+    cannot be written."""
+    before = precision(path, read_run(path))
+    if before in (None, results['dtype']):
+        with files.optional():
+            files.write_json(os.path.join(path, 'eval_results.json'), results)
+    else:
+        kept = f'eval_results.json keeps the results of {before}'
+        print(f'note: {kept}; these are of {results["dtype"]}', file=sys.stderr)
 
 
 def upgraded(args, kind):

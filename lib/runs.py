@@ -14,31 +14,43 @@ import torch.nn.functional as F
 import data
 import lora
 from lib import cli, fast, scoring, selfcheck, windows
-from lib.base import base_of, data_dir_of
+from lib.base import STAYS, base_of, data_dir_of
 from lib.classes import class_folder
 from lib.device import autocast, pick_device, place
 from lib.files import UserError
 from lib.metrics import softmax
 from lib.peft import EXTRA, add_filled, fill, load_peft
 from lib.report import counted
-from lib.runfolder import info_of
+from lib.runfolder import info_of, precision
 from lib.tensors import load_safetensors
 from lib.tokens import cut_note, listed, tokenize, tokenizer, tokenizer_name
 from model import GPT
 
 NEUTRAL = ['N/A', '', '[MASK]']  # content-free texts, as in the paper on contextual calibration
-How = namedtuple('How', 'device dtype reason data_dir plain')  # how a run is opened
+How = namedtuple('How', 'device dtype reason data_dir plain base')  # how a run is opened
 
 
-def open_run(path, device='auto', dtype='auto', data_dir=None, plain=False):
+def open_run(path, device='auto', dtype='auto', data_dir=None, plain=False, base=None):
     """Open a finished run, or a classifier that transformers or PEFT wrote. -> Run or GenRun
 
     data_dir: where to look for base model and tokenizer (default: where the run found them,
-    $NANOCLS_DATA, the cache, the network).  plain: without lib/fast.py.  Raises UserError if the
+    $NANOCLS_DATA, the cache, the network).  plain: without lib/fast.py.  base: the folder of the
+    base model, if it is no longer where the run found it.  Raises UserError if the
     folder holds neither, or its base model is gone or is another one."""
-    info = info_of(path)
-    how = How(*pick_device(device, dtype), data_dir, plain)
+    info = info_of(path, base)
+    if base and info['method'] not in STAYS:
+        raise UserError(f'{path} holds all of its weights: --base does nothing')
+    how = How(*pick_device(device, dtype), data_dir, plain, base)
     return (open_gen if info.get('kind') == 'gen' else open_cls)(path, info, how)
+
+
+def open_to_score(path, info, args):
+    """The same for eval.py (args: its flags): a run whose final test was in float32 is opened in
+    float32, and --base is for those of several runs that have a base model."""
+    exact = args.dtype == 'auto' and precision(path, info) == 'float32'
+    base = args.base if info['method'] in STAYS or len(args.run) == 1 else None
+    dtype = 'fp32' if exact else args.dtype
+    return open_run(path, args.device, dtype, args.data_dir, args.plain, base)
 
 
 def open_cls(path, info, how):
@@ -46,7 +58,7 @@ def open_cls(path, info, how):
     if method in ('head', 'last', 'full'):
         model = GPT.from_pretrained(path, k)
     else:
-        model = GPT.from_pretrained(base_of(path, info, how.data_dir), k, new_head=True)
+        model = GPT.from_pretrained(base_of(path, info, how.data_dir, how.base), k, new_head=True)
         if method == 'adapter':
             load_adapters(path, model, args['bottleneck'])
         else:
@@ -72,7 +84,7 @@ def open_gen(path, info, how):
         folders = [class_folder(path, info, label) for label in labels]
         passes = [(GPT.from_pretrained(folder), ()) for folder in folders]
         return GenRun(path, info, passes, answers, how)
-    base, folders = base_of(path, info, how.data_dir), []
+    base, folders = base_of(path, info, how.data_dir, how.base), []
     if method == 'lora':
         folders = [class_folder(path, info, label) for label in labels]
     if any(os.path.isfile(os.path.join(folder, EXTRA)) for folder in folders):

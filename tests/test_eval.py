@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import data
+import lib.device
 import lib.metrics
 import lib.report
 import lib.runs
@@ -500,3 +501,24 @@ def test_eval_samples():
     assert read_json(os.path.join(out, 'eval_results.json'))['n'] > 6
     del info['args']['eval_samples']  # of an older version
     assert upgraded(info['args'])['eval_samples'] is None
+
+
+def test_precision_of_the_final_test():
+    """eval.py scores a float32 run in float32, whatever the machine prefers, and does not write
+    over results of another precision."""
+    run = copied(tiny_run('head'))  # of --dtype fp32
+    path = os.path.join(run, 'eval_results.json')
+    want = read_json(path)
+    assert want['dtype'] == 'float32'
+    with patched(lib.device, 'cpu_has_bf16', lambda: True):
+        text, err = run_eval([run])
+        assert 'cpu, float32' in text and read_json(path) == want and 'note' not in err
+        run_eval([run, '--dtype', 'bf16'])
+        assert read_json(path) == want
+        write_json(path, {k: v for k, v in want.items() if k != 'dtype'})  # of an older run
+        run_eval([run])
+        assert read_json(path) == want
+        write_json(path, dict(want, dtype='float16', accuracy=0.1234))
+        text, err = run_eval([run])
+        assert 'cpu, bfloat16' in text and 'keeps the results of float16' in err, err
+        assert read_json(path)['accuracy'] == 0.1234

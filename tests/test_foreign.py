@@ -27,6 +27,7 @@ from tests.helpers import (
     SMALL,
     THEIR_TEXTS,
     assert_same,
+    copied,
     formula_model,
     gen_run,
     hugging_face,
@@ -47,6 +48,24 @@ from tests.helpers import (
     tree,
     write,
 )
+
+
+def test_moved_runs_open_in_peft():
+    """PEFT looks for RUN/base where the run was; docs/formats.md has what opens it all the same."""
+    Classifier, AutoPeft, PeftModel = hugging_face(
+        'AutoModelForSequenceClassification', 'AutoPeftModelForSequenceClassification', 'PeftModel'
+    )
+    for method in ('lora', 'prompt'):
+        moved = copied(tiny_run(method))
+        config = os.path.join(moved, 'adapter_config.json')
+        base = os.path.join(moved, 'base')
+        assert os.path.isabs(read_json(config)['base_model_name_or_path'])  # from any folder
+        write_json(config, {**read_json(config), 'base_model_name_or_path': '/where/it/was/base'})
+        run = open_run(moved, 'cpu', 'fp32')
+        theirs = PeftModel.from_pretrained(Classifier.from_pretrained(base), moved)
+        assert_same(run, theirs.eval(), method)
+        write_json(config, {**read_json(config), 'base_model_name_or_path': base})
+        assert_same(run, AutoPeft.from_pretrained(moved).eval(), method)
 
 
 def test_runs_open_in_transformers_and_peft():

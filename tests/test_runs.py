@@ -31,6 +31,7 @@ from tests.helpers import (
     generate,
     opened,
     patched,
+    pretrained,
     raises,
     run_eval,
     save_hf,
@@ -120,6 +121,45 @@ def test_runs_may_be_moved():
     for out in [tiny_run('lora'), tiny_run('full'), gen_run('lora'), gen_run('prefix')]:
         want = open_run(out, 'cpu', 'fp32').logits(TEXTS)
         assert np.array_equal(open_run(copied(out), 'cpu', 'fp32').logits(TEXTS), want)
+
+
+def test_base_model_that_was_moved():
+    """--base says where it is; another one is refused, and so is --base where it does nothing."""
+    text = 'the song was warm'
+    for made in (tiny_run('lora'), tiny_run('adapter'), gen_run('lora'), gen_run('zero_shot')):
+        out, there = copied(made), os.path.join(tmp(), 'there')
+        os.rename(os.path.join(out, 'base'), there)
+        want = open_run(made, 'cpu', 'fp32').logits([text])
+        if not os.path.isdir(read_json(os.path.join(out, 'run.json'))['base']['name']):
+            raises(UserError, predict.main, [out, text], match='name its new place with --base')
+        assert np.array_equal(open_run(out, 'cpu', 'fp32', base=there).logits([text]), want)
+        answers = [
+            script(predict.main, [r, text, *more]) for r, *more in ([made], [out, '--base', there])
+        ]
+        assert answers[0] == answers[1], answers
+    another = pretrained()
+    for main, argv in ((predict.main, [text]), (evaluation.main, [])):
+        said = 'another base model'
+        raises(UserError, main, [copied(tiny_run('lora')), *argv, '--base', another], match=said)
+        raises(UserError, main, [tiny_run('full'), *argv, '--base', another], match='does nothing')
+        raises(UserError, main, [tiny_run('lora'), *argv, '--base', 'nowhere'], match='no folder')
+    out, there = copied(tiny_run('lora')), os.path.join(tmp(), 'there')
+    os.rename(os.path.join(out, 'base'), there)
+    table = [line for line in run_eval([out, tiny_run('full'), '--base', there])[0].splitlines()]
+    assert any(line.startswith('majority class') for line in table)
+    merged = os.path.join(tmp(), 'merged')
+    assert script(predict.main, [out, '--export', merged, '--base', there])[1].startswith('wrote')
+    want = open_run(tiny_run('lora'), 'cpu', 'fp32').logits([text])
+    assert np.allclose(open_run(merged, 'cpu', 'fp32').logits([text]), want, atol=1e-4)
+    os.remove(os.path.join(out, 'run.json'))  # now it is a folder of PEFT
+    config = os.path.join(out, 'adapter_config.json')
+    write_json(config, {**read_json(config), 'base_model_name_or_path': 'gone'})
+    raises(UserError, predict.main, [out, text], match='name its folder with --base')
+    run = open_run(out, 'cpu', 'fp32', base=there)
+    assert np.allclose(run.logits([text]), want, atol=1e-5) and run.labels == [
+        'negative',
+        'positive',
+    ]
 
 
 def as_before(args, keep):
