@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 import data
 import lora
-from lib import cli, device, files, flags, genflags, genrun, ranks, runs, summary, tables, training
+from lib import cli, device, files, flags, genflags, genrun, ranks, runs, summary, training
 from lib.classes import auc, calibrate
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
@@ -347,12 +347,8 @@ def main(argv=None):
             return 130
         gc.collect()  # frees this model before the next one is loaded
     if args.pretrain:
-        score = f'best on validation: {-run.best[0]:.4f} nats per token; '
-        score *= len(run.ds.val.y) > 0
-        print(f'\n{score}saved in {args.out}; try:')
-        lines = os.path.isfile(args.data) and not args.data.lower().endswith(tables.KINDS)
-        own = 'FILE.csv' if lines else args.data
-        print(f'  {cli.command("train_cls.py", "--model", args.out, "--data", own)}')
+        best = run.best[0] if len(run.ds.val.y) else None
+        print(f'\n{summary.pretrained(args, best)}')
         return dict(out=args.out)
     missing = ranks.from_rank_zero(lambda: genrun.missing(run))
     if missing:

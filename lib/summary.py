@@ -1,5 +1,6 @@
 """Lines that a training run shows, and facts that it records. Called by both train scripts."""
 
+import os
 import platform
 import textwrap
 
@@ -8,6 +9,7 @@ import torch
 
 from lib import cli
 from lib.report import counted
+from lib.textfiles import KINDS, kind_of
 from lib.tokens import cut_note
 
 
@@ -56,3 +58,12 @@ def suggestions(out, text, label=None):
     if label is not None:
         lines.append(cli.command('predict.py', out, f'--sample={label}'))
     return '\n  '.join([f'saved in {out}; try:', *lines, cli.command('eval.py', out)])
+
+
+def pretrained(args, best):
+    """The same for a run of --pretrain. best: its score, log p per token, or None."""
+    score = '' if best is None else f'best on validation: {-best:.4f} nats per token; '
+    lines = os.path.isfile(args.data) and kind_of(args.data) not in KINDS  # without labels
+    data = 'FILE.csv' if lines else args.data
+    command = cli.command('train_cls.py', '--model', args.out, '--data', data)
+    return f'{score}saved in {args.out}; try:\n  {command}'
