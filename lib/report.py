@@ -96,7 +96,7 @@ def means_table(methods, tests):
     names = [short(m['method'], 60) for m in methods]
     heads = ('accuracy', 'macro F1', 'MCC', 'NLL', 'ECE')
     lines = ['', 'mean +- 95 % t interval over the seeds, on these rows']
-    lines += [' ' * 8 + ''.join(f'{head:18}' for head in heads).rstrip()]
+    lines += [' ' * 4 + ''.join(f'{head:19}' for head in heads).rstrip()]
     for name, m in zip(names, methods):
         cells = []
         for x in m['means'].values():
@@ -104,7 +104,7 @@ def means_table(methods, tests):
             cells.append(f'{x["mean"]:.4f}{half}')
         n = len(m['runs'])
         lines += [f'{name}: {n} runs' if n > 1 else f'{name}: one run, so no interval']
-        lines += [' ' * 8 + ''.join(f'{cell:18}' for cell in cells).rstrip()]
+        lines += [' ' * 4 + ''.join(f'{cell:19}' for cell in cells).rstrip()]
     if tests:
         lines += ['', f'against {names[0]}']
     return '\n'.join(lines + verdicts(names, tests))

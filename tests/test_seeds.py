@@ -36,6 +36,10 @@ def test_runs_are_grouped_by_method():
     raises(
         UserError, by_method, ['a', 'b'], twice, match='a and b have the same flags and --seed 1'
     )
+    older = info(seed=3)  # has no --pool yet, and no --balance
+    newer = [info(seed=s, pool=p, balance=False) for s, p in ((4, None), (5, 'mean'), (6, 0.0))]
+    groups = by_method(list('abcd'), [older, *newer])
+    assert groups == {'lora': [0, 1], 'lora --pool mean': [2], 'lora --pool 0.0': [3]}, groups
     elsewhere = [info(seed=None)] * 2  # folders from elsewhere do not say their seed
     assert list(by_method(['a', 'b'], elsewhere).values()) == [[0, 1]]
 
