@@ -191,7 +191,11 @@ class Log:
         if done and os.path.isfile(self.path):
             with open(self.path, encoding='utf-8', errors='replace') as f:
                 lines = [line for line in f if line.endswith('\n')]
-            kept = [line for line in lines if (log_row(line) or {}).get('step', done + 1) <= done]
+            rows = [(line, log_row(line) or {}) for line in lines]
+            rows = [
+                (line, row) for line, row in rows if 'stopped' not in row
+            ]  # stops() says it again
+            kept = [line for line, row in rows if row.get('step', done + 1) <= done]
         files.write_atomic(self.path, ''.join(kept))
         self.restart()
 

@@ -17,6 +17,7 @@ import predict
 from lib.device import autocast, place
 from lib.fast import speed_up
 from lib.files import read_bytes, read_json
+from lib.rundata import own_data
 from lib.runs import open_run
 from lib.tensors import load_safetensors
 from lib.training import wrap_blocks
@@ -63,7 +64,12 @@ def test_every_method_end_to_end():
         of_peft = {'adapter_config.json', 'adapter_model.safetensors', 'base'}
         files = dict(lora=of_peft, prompt=of_peft, adapter={'adapter.safetensors', 'base'})
         files = files.get(method, {'config.json', 'model.safetensors'})
-        results_files = {'eval_results.json', 'val_preds.json', 'val_labels.json'}
+        results_files = {
+            'eval_results.json',
+            'val_preds.json',
+            'val_labels.json',
+            'train_texts.bin',
+        }
         assert names == files | results_files | {'run.json', 'log.jsonl'}, names
         again = json.loads(run_eval([out, '--json', '-', '--dtype', 'fp32'])[0])['runs'][0]
         assert abs(again['nll'] - results['nll']) < 1e-6  # the same rows, the same weights
@@ -208,6 +214,20 @@ def test_best_on_validation_is_saved():
     best = max(scores, key=lambda s: s[:2])
     assert read_json(os.path.join(out, 'run.json'))['results']['step'] == best[2], scores
     assert best[2] <= 4, scores
+
+
+def test_training_accuracy():
+    """The log has the accuracy on the texts since its last line, all parts of a step counted."""
+    flags = [*TINY, '--head', '--dtype', 'fp32', '--lr', '1e-12', '--epochs', '1']  # nothing moves
+    out, _ = train(*flags, '--grad_accum', '2', '--batch_size', '5', '--eval_every', '99')
+    row = next(r for r in records(out)[::-1] if 'loss' in r)
+    run, rows = open_run(out, 'cpu', 'fp32'), own_data(read_json(f'{out}/run.json')).train
+    right = run.logits(rows.texts).argmax(1) == rows.y
+    first = 10 * 20  # --log_every 20 steps of 10 rows: all but the last line are full ones
+    shown = [r['train_accuracy'] for r in records(out) if 'loss' in r]
+    sizes = [min(first, len(right) - i) for i in range(0, len(right), first)]
+    total = sum(a * n for a, n in zip(shown, sizes))
+    assert abs(total - right.sum()) < 1e-6 and 0 < row['train_accuracy'] < 1, (shown, right.sum())
 
 
 def test_lora_on_one_block():
