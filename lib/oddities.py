@@ -4,6 +4,8 @@ data.py."""
 import collections
 import re
 
+from lib.report import counted
+
 NO_LABELS = ('nan', 'none', 'null', 'n/a', 'na')  # what programs write for a missing value
 MANY = 20  # numbers as class names: ratings have fewer
 
@@ -33,7 +35,7 @@ def of_labels(rows, labels):
     counts = collections.Counter(label for _, label in rows)
     for label in labels:
         if label.lower() in NO_LABELS:
-            yield f'{counts[label]:,} rows have the label {label!r}, here a class like any other'
+            yield f'{counted(counts[label], "row")} of {label!r}, here a label like any other'
     alike = collections.defaultdict(list)
     for label in labels:
         alike[' '.join(label.split()).casefold()].append(label)

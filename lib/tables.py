@@ -11,6 +11,7 @@ from typing import NamedTuple, Optional
 
 from lib import files
 from lib.files import UserError
+from lib.report import counted
 from lib.textfiles import ADVICE, KINDS, kind_of, opened, refuse_other
 
 STEMS = dict(train=('train', 'training'), val=('val', 'valid', 'validation', 'dev'))
@@ -169,7 +170,7 @@ def read_table(path, form=GUESSED, notes=None):
         why = f'is missing, as in {len(missing):,} of {len(table):,} rows'
         hint = 'complete them, or leave them out with --drop_unlabelled'
         raise UserError(f'{missing[0]}: the label {label_col!r} {why}; {hint}')
-    notes += [f'{len(missing):,} rows of {path} without a label dropped'] * bool(missing)
+    notes += [f'{counted(len(missing), "row")} of {path} without a label dropped'] * bool(missing)
     return rows, form._replace(text_col=text_col, label_col=label_col)
 
 
