@@ -92,7 +92,8 @@ def separator(f, kind, form):
         return form.sep or excel[1], 1
     if form.sep:
         return form.sep, 0
-    header, usual = head.lstrip('\r\n').partition('\n')[0], '\t' if kind == '.tsv' else ','
+    header = re.split(r'[\r\n]', head.lstrip('\r\n'), maxsplit=1)[0]
+    usual = '\t' if kind == '.tsv' else ','
     first = [form.like.sep] if form.like and form.like.sep else []
     found = [c for c in dict.fromkeys([*first, usual, *SEPARATORS]) if c in header]
     for c in found if len(found) > 1 else ():
@@ -216,7 +217,8 @@ def only_text(where, columns, form):
 
 def parts(col, columns):
     """-> the columns that a name stands for: several of 'title,body', if none has that name."""
-    return [col] if col in columns or ',' not in col else [c.strip() for c in col.split(',')]
+    several = [c.strip() for c in col.split(',')]
+    return [col] if col in columns or not all(several) else several
 
 
 def remembered(columns, form, which):

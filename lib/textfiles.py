@@ -104,7 +104,7 @@ def refuse_wide(path, start):
 
 def undecodable(path, codec, encoding, e):
     """-> UserError for a file that is not in the encoding it was read in"""
-    where, why = path, str(e)
+    where, why = path, f'the file ({e})'
     try:
         with binary(path) as f:
             raw = f.read()

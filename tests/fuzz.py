@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import csv
 import gzip
 import io
 import json
@@ -34,7 +35,7 @@ from lib.prompts import prompts_of
 from lib.resume import load_resume, restore, save_resume
 from lib.rundata import own_data
 from lib.runfolder import read_run, save_weights
-from lib.tables import Format, read_own, read_texts
+from lib.tables import Format, read_own, read_rows, read_texts
 from lib.tensors import load_bin, load_safetensors, save_safetensors
 from lib.tokens import tokenize, tokenizer
 from lib.training import Log
@@ -330,6 +331,68 @@ def fuzz_csv(folder, sep=','):
 
 def fuzz_tsv(folder):
     return fuzz_csv(folder, '\t')
+
+
+def fuzz_own(folder):
+    """Tables with any separator, encoding and header, packed or not, read by flags that fit them
+    or not."""
+    seps, encodings = [*',;|~', '\t'], ['utf-8', 'utf-8-sig', 'cp1252', 'utf-16', 'utf-16-be']
+    headers = ['text', 'label', 'n'], ['', 'text', 'label'], ['title', 'body', 'label']
+    headers += ['text', 'text', 'label'], ['title,body', 'body', 'y'], ['u', 'v', ''], ['', '', '']
+    labels = [['a', 'b'], ['a', 'A ', ''], ['nan', 'b'], ['0.5', '1', '2'], ['a', 'b', ' ', 'None']]
+
+    def form(rng, sep, encoding, header):
+        """Mostly flags that fit the file."""
+
+        def pick(right, *wrong):
+            return right if rng.random() < 0.9 else rng.choice(wrong)
+
+        columns = pick(None, 'text', 'title,body', 'label', 'n,text', ' ', 'column 1', ',')
+        label = pick(None, 'label', 'y', 'n', '')
+        if rng.random() < 0.3:
+            columns, label = ','.join(header[:-1]), header[-1]
+        sep = pick(rng.choice((None, sep)) if sep != '~' else sep, *seps)
+        encoding = pick(encoding, None, *encodings, 'latin-1', 'hex', 'utf-7', 'utf-32')
+        return Format(columns, label, sep, encoding, rng.random() < 0.7)
+
+    def case(rng):
+        sep, encoding, end = (
+            rng.choice(seps),
+            rng.choice(encodings),
+            rng.choice(('\n', '\r\n', '\r')),
+        )
+        header, names = rng.choice(headers), rng.choice(labels)
+        rows = [header] + [
+            [
+                rng.choice((f'té{sep}xt {i}', f'"x" {i}', '', f'plain {i}', f'a{end}b'))
+                for _ in header
+            ]
+            for i in range(rng.choice((3, 40, 40, 40)))
+        ]
+        for i, row in enumerate(rows[1:]):
+            row[rng.choice((-1, -1, -1, -1, 0))] = names[i % len(names)]
+        out = io.StringIO(newline='')
+        out.write(rng.choice(('', '', '', f'sep={sep}{end}', f'"sep={sep}"{end}')))
+        csv.writer(out, delimiter=sep, lineterminator=end).writerows(rows)
+        raw, packed = out.getvalue().encode(encoding), rng.random() < 0.3
+        raw = damaged(rng, raw) if rng.random() < 0.5 else raw
+        raw = gzip.compress(raw, 1) if packed else raw
+        raw = damaged(rng, raw) if packed and rng.random() < 0.3 else raw
+        name = rng.choice(['x.csv', 'x.tsv'] * 5 + ['x.txt', 'x.jsonl']) + '.gz' * packed
+        path, asked = write(name, raw, folder), form(rng, sep, encoding, header)
+        like = asked._replace(like=form(rng, sep, encoding, header))
+        return rng.choice(
+            (
+                lambda: data.load(path, form=asked),
+                lambda: data.load(path, form=like),
+                lambda: data.load(path, val=path, test=path, form=asked),
+                lambda: data.load_texts(path, form=asked),
+                lambda: list(read_rows(path, asked)),
+                lambda: list(read_rows(path, like)),
+            )
+        )
+
+    return case
 
 
 def fuzz_jsonl(folder):
