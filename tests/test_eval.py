@@ -500,7 +500,7 @@ def test_eval_samples():
     assert len(read_json(os.path.join(out, 'val_preds.json'))) == 6
     assert read_json(os.path.join(out, 'eval_results.json'))['n'] > 6
     del info['args']['eval_samples']  # of an older version
-    assert upgraded(info['args'])['eval_samples'] is None
+    assert upgraded(info['args'], 'cls')['eval_samples'] is None
 
 
 def test_precision_of_the_final_test():
