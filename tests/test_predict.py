@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import csv
+import gzip
 import io
 import json
 import os
@@ -20,17 +21,21 @@ from lib.files import UserError, read_bytes
 from lib.runs import open_run
 from lib.tokens import tokenizer
 from tests.helpers import (
+    SCRATCH,
     TOPICS,
     environment,
     gen_run,
     opened,
     patched,
+    probs_of,
     raises,
     real_data,
     script,
     tiny_run,
     tmp,
     topics,
+    train,
+    write,
 )
 
 
@@ -287,3 +292,66 @@ def test_gen_out_of_distribution():
         for flags in (['--ood_quantile', '0.1', 'x'], ['--sample', 'animals']):
             raises(UserError, predict.main, [other, *flags], match=match)
     raises(UserError, predict.main, [gen_run('direct'), '--explain', 'x'], match='--direct')
+
+
+def test_predict_a_table():
+    """--out NAME.csv or .tsv: a header, the columns of the input as they were, then label,
+    probability and P(class); all or nothing, in chunks."""
+    out, folder = tiny_run('full'), tmp()
+    run = open_run(out, 'cpu', 'fp32')
+    texts = ['the song was warm', 'it said "dull,\nand messy"', '', 'plain; text']
+    rows = [['7', t, 'x;y', 'old'] for t in texts]
+    for kind, sep in (('csv', ';'), ('tsv', '\t'), ('csv.gz', ',')):
+        source = os.path.join(folder, f'in.{kind}')
+        opener = gzip.open if kind.endswith('gz') else open
+        with opener(source, 'wt', newline='', encoding='utf-8') as f:
+            csv.writer(f, delimiter=sep).writerows([['id', 'text', 'note', 'label'], *rows])
+        for name, delimiter in (('to.csv', ','), ('to.TSV', '\t')):
+            to = os.path.join(folder, name)
+            with patched(predict, 'CHUNK', 3):
+                script(predict.main, [out, '--file', source, '--out', to, '--dtype', 'fp32'])
+            with open(to, newline='', encoding='utf-8') as f:
+                head, *got = list(csv.reader(f, delimiter=delimiter))
+            added = ['predicted_label', 'probability', *(f'P({x})' for x in run.labels)]
+            assert head == ['id', 'text', 'note', 'label', *added]
+            assert [row[:4] for row in got] == rows, (kind, name)
+            for row, (label, p), probs in zip(got, run.predict(texts), probs_of(run, texts)):
+                assert row[4] == label and abs(float(row[5]) - p) < 1e-5
+                assert np.allclose([float(x) for x in row[6:]], probs, atol=1e-5)
+    to = os.path.join(folder, 'typed.csv')
+    script(predict.main, [out, '--out', to, '--threshold', '0.9999', 'a', 'b'])
+    with open(to, newline='', encoding='utf-8') as f:
+        head, *got = list(csv.reader(f))
+    assert head[:3] == ['text', 'label', 'probability']
+    assert [row[:2] for row in got] == [['a', ''], ['b', '']]
+    for flags, match in ((['--json'], '--json has no place'), (['--explain'], '--explain has no')):
+        raises(UserError, predict.main, [out, 'x', '--out', to, *flags], match=match)
+
+
+def test_predict_names_of_files():
+    """A text that is the name of a file is refused, with the way out."""
+    path = topics()
+    advice = f'{path} is the name of a file, not a text: classify its rows with --file'
+    raises(UserError, predict.main, [tiny_run('full'), path], match=advice)
+    raises(UserError, predict.main, [tiny_run('full'), 'a text', path], match=advice)
+    assert script(predict.main, [tiny_run('full'), 'nowhere.csv', 'x' * 9000])[1]
+
+
+def test_predict_reads_files_as_the_run_did():
+    """The run's columns, separator and encoding, where the file has them; typed ones win."""
+    rows = [f'{i};{"grün" if i % 2 else "rot"} {i};title {i};{"ab"[i % 2]}' for i in range(40)]
+    source = write('own.csv', 'id;body;title;kind\n'.encode('cp1252'))
+    with open(source, 'ab') as f:
+        f.write('\n'.join(rows).encode('cp1252'))
+    flags = '--text_col body --label_col kind --encoding cp1252 --sep ; --max_steps 2'.split()
+    out = train('--data', source, *SCRATCH, *flags)[0]
+
+    def texts(path, *more):
+        lines = script(predict.main, [out, '--file', path, '--json', *more])[1].splitlines()
+        return [json.loads(line)['text'] for line in lines]
+
+    assert texts(source) == [row.split(';')[1] for row in rows]
+    assert texts(source, '--text_col', 'title') == [row.split(';')[2] for row in rows]
+    other = write('other.csv', 'text,body2\ngrün,b\n')  # has other columns, and is UTF-8
+    assert texts(other) == ['grün']
+    raises(UserError, predict.main, [out, 'x', '--sep', ';'], match='without --file')

@@ -2,20 +2,32 @@
 
 import os
 import shutil
+import sys
+import threading
+import time
 import unittest.mock
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import eval as evaluation  # not `eval`, which is Python's own
+import lib.fast
+import lib.packed
 import lib.training
+import lib.vocabulary
 import predict
 import train_cls
 import train_gen
+from lib.device import autocast
 from lib.files import UserError, read_json, write_json
+from lib.packed import FastConv1D, FastLoRA, Unpacked
 from lib.runs import open_run
+from lib.vocabulary import FastVocabulary
 from model import SHAPES, Config
 from tests.helpers import (
+    CPU,
     FLAGS,
     GEN,
     METHODS,
@@ -23,6 +35,7 @@ from tests.helpers import (
     SHAPE,
     TINY,
     Stop,
+    class_model,
     copied,
     environment,
     formula_model,
@@ -207,3 +220,120 @@ def test_interrupted_runs_of_earlier_versions_are_refused():
         before, argv = tree(out), ['--resume', '--out', out]
         raises(UserError, main, argv, match='was not started by this script and version')
         assert tree(out) == before
+
+
+def test_texts_are_a_list_of_strings():
+    """Anything else is a TypeError that names the place and what to do."""
+    for run in (open_run(tiny_run('full'), 'cpu', 'fp32'), opened('zero_shot')):
+        for call in (run.logits, run.predict):
+            for texts, match in (
+                ('hello', 'not one str: put it into brackets'),
+                (b'hello', 'not one bytes'),
+                (['a', None], 'texts[1] is None, which is no string: leave it out'),
+                (['a', 'b', float('nan')], 'texts[2] is nan'),
+                ([7], 'texts[0] is 7'),
+                ([['a']], "texts[0] is ['a']"),
+                (np.array(['a', None], object), 'texts[1] is None'),
+            ):
+                raises(TypeError, call, texts, match=match)
+        want = run.logits(['cat', 'dog'])
+        for texts in (('cat', 'dog'), (t for t in ('cat', 'dog')), np.array(['cat', 'dog'])):
+            assert np.array_equal(run.logits(texts), want)
+
+
+def test_predict_gives_labels_and_probabilities():
+    """In the order of the texts, by the rule of the run."""
+    for run in (open_run(tiny_run('full'), 'cpu', 'fp32'), opened('zero_shot')):
+        texts = ['cat dog', '', 'one two three four', 'cat dog']
+        got, probs = run.predict(texts), run.probs(run.logits(texts))
+        assert [type(x) for x in got[0]] == [str, float] and len(got) == 4
+        assert [label for label, _ in got] == [run.labels[k] for k in probs.argmax(1)]
+        assert np.array_equal([p for _, p in got], probs.max(1))
+        assert run.predict([]) == []
+
+
+class Everywhere(Unpacked):
+    """Packs on every CPU, in bfloat16."""
+
+    dtype = torch.bfloat16
+    possible = staticmethod(lambda device, dtype: True)
+
+
+def interleaved(make, call):
+    """make() -> a fresh object. For each line that call(object) runs in packing code: the result of
+    a second call, in another thread just before that line, and that of the first."""
+    where, line = {lib.packed.__file__, lib.vocabulary.__file__}, 0
+    while True:
+        thing, seen, results = make(), 0, []
+
+        def trace(frame, event, arg, thing=thing, at=line, results=results):
+            nonlocal seen
+            if frame.f_code.co_filename not in where:
+                return None
+            if event == 'line':
+                seen += 1
+                if seen == at + 1:
+                    other = threading.Thread(target=lambda: results.append(call(thing)))
+                    other.start()
+                    other.join()
+            return trace
+
+        sys.settrace(trace)
+        try:
+            results.append(call(thing))
+        finally:
+            sys.settrace(None)
+        if seen <= line:
+            return
+        yield results
+        line += 1
+
+
+def test_packing_is_done_when_it_is_seen():
+    """What packs weights on its first call gives the same when other threads call in between."""
+    model, x = class_model('lora').requires_grad_(False), torch.randn(3, 2, 64)
+    layer, ids = model.h[0].mlp.c_fc, torch.tensor([[1, 2], [4, 5], [6, 7]])
+    kinds = [
+        (lambda: FastLoRA(layer, Everywhere), lambda f: f(x.bfloat16(), gelu=True)),
+        (lambda: FastConv1D(layer.base, Everywhere), lambda f: f(x.bfloat16())),
+        (lambda: FastVocabulary(model, Everywhere), lambda f: f(x, ids, ids > 0)),
+    ]
+    for make, use in kinds:
+
+        def call(thing, use=use):
+            with torch.no_grad(), autocast(CPU, torch.bfloat16):
+                return use(thing)
+
+        want, lines = call(make()), 0
+        for results in interleaved(make, call):
+            lines += 1
+            assert len(results) == 2 and all(torch.equal(got, want) for got in results)
+        assert lines > 5, lines
+
+
+def test_first_calls_in_threads():
+    """Threads that share an opened run get what one thread gets, from their first calls on, while
+    weights are packed; opening runs in threads leaves torch as it was."""
+    outs, texts, dropout = [class_run(), tiny_run('lora')], ['cat dog', 'one'], F.dropout
+    with patched(lib.fast, 'Packed', Everywhere):
+        for out in outs:
+            want = open_run(out, 'cpu', 'bf16').logits(texts)
+            run, start = open_run(out, 'cpu', 'bf16'), threading.Barrier(4)
+
+            def first_call(i, run=run, start=start):
+                start.wait()
+                time.sleep(5e-4 * i)
+                return run.logits(texts)
+
+            with ThreadPoolExecutor(4) as pool:
+                assert all(np.array_equal(x, want) for x in pool.map(first_call, range(4)))
+                runs = list(pool.map(lambda _, out=out: open_run(out, 'cpu', 'bf16'), range(4)))
+            assert all(np.array_equal(run.logits(texts), want) for run in runs)
+            assert F.dropout is dropout
+
+
+def class_run():
+    """A generative run of --lora whose classes are folded into one product."""
+    shape = '--model nano --scratch --n_layer 1 --n_head 2 --n_embd 64 --block_size 32'.split()
+    steps = '--r 1 --max_steps 2 --eval_every 2 --dtype fp32 --quick'.split()
+    return generate('--data', topics(), *shape, '--lora', *steps)[0]
