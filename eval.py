@@ -69,7 +69,7 @@ def parse(argv):
     add('--base', 'their base model, if it was moved (default: as found)', cli.folder, None, 'DIR')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
     dtypes = ('auto', 'bf16', 'fp16', 'fp32')
-    add('--dtype', 'matmul precision; auto: the fastest native one', dtypes, 'auto')
+    add('--dtype', 'matmul precision; auto: fp32 if tested in it, or native', dtypes, 'auto')
     add('--plain', 'run the plain model, without lib/fast.py', bool)
     args, given = p.parse(argv)
     check(args, given)

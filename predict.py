@@ -41,7 +41,7 @@ def parse(argv):
     flags.table_flags(add, '--file', labels=False)
     add = cli.group(p, 'output')
     text = 'write there, all or nothing; NAME.csv or .tsv: a table that keeps the columns of --file'
-    add('--out', text, metavar='FILE')
+    add('--out', text + ' (default: the terminal)', metavar='FILE')
     text = 'a JSON object per text: text, label, probs; of a generative run logprobs (nats)'
     add('--json', text, bool)
     text = 'read long texts whole, in overlapping windows (default: --max_length tokens of them)'

@@ -55,7 +55,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """--help of at most 100 columns, in which each flag that has a default names it."""
 
     def __init__(self, prog, **kw):
-        super().__init__(prog, width=min(100, shutil.get_terminal_size().columns), **kw)
+        super().__init__(prog, width=min(100, shutil.get_terminal_size((100, 24)).columns), **kw)
 
     def _get_help_string(self, action):
         text, value = action.help, action.default
