@@ -27,6 +27,7 @@ from lib import (
     files,
     flags,
     frozen,
+    init,
     ranks,
     runfolder,
     runs,
@@ -50,7 +51,8 @@ def parse(argv):
     """-> flags, names of the flags that were typed, state of the run to resume or None"""
     p = cli.Parser(prog='train_cls.py', description=__doc__)
     flags.data_flags(p)
-    flags.model_flags(p)
+    add, text = flags.model_flags(p), 'go on from a finished run, its head included, on new --data'
+    add('--init', text, cli.absolute, metavar='RUN')
     group = p.add_argument_group('what to train')
     add = group.add_mutually_exclusive_group().add_argument
     add('--lora', action='store_true', help='low-rank updates of --targets, and the head (default)')
@@ -80,6 +82,8 @@ def parse(argv):
         return flags.resumed(args, given, saved['args']), set(), saved
     methods = ('head', 'last', 'full', 'adapter', 'prompt')
     args.method = next((m for m in methods if getattr(args, m)), 'lora')
+    if args.init:
+        init.inherit(args, given)
     needs = dict(bottleneck=('--adapter', args.adapter))
     needs['gradient_checkpointing'] = ('blocks that train', not args.head)
     flags.check_flags(args, given, needs)
@@ -104,13 +108,12 @@ def load(args, given, saved):
         positions = f'the model has {model.cfg.block_size} positions{taken}'
         raise UserError(f'--max_length {args.max_length} does not fit: {positions}')
     args.max_length = max(1, min(args.max_length, room))  # lora.add_prompt checks --prompt
+    model.set_dropout(args.trunk_dropout)
     model.pooling, model.pad_to = args.pool, args.max_length
     return ds, model, tokenize(enc, ds.train.texts), tokenize(enc, ds.val.texts)
 
 
 def main(argv=None):
-    """-> dict(out, val, test): run folder, results on the validation rows, metrics() of the test;
-    an exit code if interrupted."""
     args, given, saved = parse(argv)
     if args.seeds > 1 or args.folds and args.fold is None:
         return several_runs(main, args, given, argv)
@@ -122,7 +125,7 @@ def main(argv=None):
     read = model.state_dict()  # float32, memory-mapped: frozen weights are saved from here
     options = args.last, args.r, args.alpha, args.dropout, args.targets
     wrapped = lora.adapt(model, args.method, *options, args.bottleneck, args.prompt, args.top)
-    model.set_dropout(args.trunk_dropout)
+    init.fill(model, args, ds)
     info = runfolder.begin(args, ds, model, read, saved)
     facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method, args.pool)
     device.place(model, dev, dtype)
@@ -233,7 +236,8 @@ def main(argv=None):
 
 
 def test(args, ds, best):
-    """The final test, on what was saved, opened as predict.py opens it."""
+    """The final test, on what was saved, opened as predict.py opens it. -> dict(out, val, test):
+    run folder, results on the validation rows, metrics(); main returns it"""
     run = runs.open_run(args.out, args.device, args.dtype, args.data_dir, args.plain)
     logits = run.logits(ds.test.texts, progress=True, cache=True)
     results = run_metrics(run, logits, ds.test.y, ds.labels)[0]

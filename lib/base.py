@@ -20,6 +20,7 @@ def build_model(args, num_labels=0):
     weights in the shape that the flags name."""
     torch.manual_seed(args.seed)
     if not args.scratch:
+        note_dropped_head(args)
         trains = args.method != 'zero_shot'
         return GPT.from_pretrained(args.model, num_labels, new_head=trains, data_dir=args.data_dir)
     if args.model not in SHAPES:
@@ -30,6 +31,16 @@ def build_model(args, num_labels=0):
     if cfg.n_embd % cfg.n_head:
         raise UserError(f'--n_embd {cfg.n_embd} is not a multiple of --n_head {cfg.n_head}')
     return GPT(cfg, num_labels).init_weights()
+
+
+def note_dropped_head(args):
+    """Say so if --model is a folder with a class head, which a new one replaces."""
+    config = os.path.join(args.model, 'config.json')
+    kinds = files.read_object(config).get('architectures') if os.path.isfile(config) else None
+    if 'GPT2ForSequenceClassification' in str(kinds) and not getattr(args, 'init', None):
+        own = os.path.isfile(os.path.join(args.model, 'run.json'))
+        keeps = f'; --init {args.model} would keep it' if own else ''
+        print(f'note: the class head of {args.model} is not used{keeps}')
 
 
 def base_info(args, out, cfg, state, labels=None):

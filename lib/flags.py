@@ -78,6 +78,7 @@ def data_flags(p):
 
 
 def model_flags(p):
+    """-> function that adds another flag to this group, as in group()"""
     add = group(p, 'model')
     text = 'gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, nano (for the demo), or a folder '
     add('--model', text + 'with a GPT-2 checkpoint', model_name, 'gpt2', 'NAME')
@@ -86,6 +87,7 @@ def model_flags(p):
     add('--n_head', 'attention heads per block, with --scratch (default: of --model)', positive)
     add('--n_embd', 'width, with --scratch (default: of --model)', positive)
     add('--block_size', 'positions (tokens), with --scratch (default: of --model)', positive)
+    return add
 
 
 def lora_flags(p):

@@ -111,9 +111,10 @@ def stored(path):
     return {name: f'{int(x):016x}' for name, x in zip(SPLITS, numbers)}, np.sort(numbers[n:])
 
 
-def record(path, ds, saved=None, old=None):
+def record(path, ds, saved=None, old=None, init=None):
     """Write the hashes of a run that begins -> what run.json says of its data. saved: state of a
-    run to resume, which is verified instead. old: run.json of a run that gets a class."""
+    run to resume, which is verified instead. old: run.json of a run that gets a class. init: the
+    run that this one goes on from."""
     split = hashes(ds)
     if saved:
         check(path, stored(path)[0], ds, 'start a new run with another --out')
@@ -121,6 +122,8 @@ def record(path, ds, saved=None, old=None):
         texts = text_hashes(ds.train.texts)
         if old and old.get('split'):  # its other classes were trained on these
             texts = np.append(texts, stored(path)[1])
+        if init and stored(init)[0]:
+            texts = np.append(texts, stored(init)[1])
         head = np.array([int(x, 16) for x in split.values()], '<u8')
         content = np.concatenate([head, np.unique(texts)]).astype('<u8').tobytes()
         files.write_atomic(os.path.join(path, 'train_texts.bin'), content)

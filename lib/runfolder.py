@@ -48,7 +48,7 @@ def begin(args, ds, model, read, saved):
     info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed)
     info.update(labels=ds.labels, base=ranks.from_rank_zero(claim))
     info.update(rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')})
-    info.update(rundata.record(args.out, ds, saved))
+    info.update(rundata.record(args.out, ds, saved, init=args.init))
     trained, total = lora.count(model)
     info.update(args=vars(args), parameters=dict(trainable=trained, total=total))
     return {**info, 'versions': summary.versions()}

@@ -53,16 +53,21 @@ def open_to_score(path, info, args):
     return open_run(path, args.device, dtype, args.data_dir, args.plain, base)
 
 
-def open_cls(path, info, how):
-    method, args, k = info['method'], info['args'], len(info['labels'])
+def load_cls(path, info, data_dir=None, base=None):
+    """-> the model of a discriminative run, as its folder holds it"""
+    method, k = info['method'], len(info['labels'])
     if method in ('head', 'last', 'full'):
-        model = GPT.from_pretrained(path, k)
+        return GPT.from_pretrained(path, k)
+    model = GPT.from_pretrained(base_of(path, info, data_dir, base), k, new_head=True)
+    if method == 'adapter':
+        load_adapters(path, model, info['args']['bottleneck'])
     else:
-        model = GPT.from_pretrained(base_of(path, info, how.data_dir, how.base), k, new_head=True)
-        if method == 'adapter':
-            load_adapters(path, model, args['bottleneck'])
-        else:
-            load_peft(path, model)
+        load_peft(path, model)
+    return model
+
+
+def open_cls(path, info, how):
+    args, model = info['args'], load_cls(path, info, how.data_dir, how.base)
     room = model.cfg.block_size - (0 if model.prompt is None else len(model.prompt))
     args['max_length'] = min(args['max_length'] or room, room)  # None in a folder from elsewhere
     model.pooling, model.pad_to = args['pool'], args['max_length']

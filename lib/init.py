@@ -1,0 +1,75 @@
+"""--init RUN: train_cls.py goes on from a finished run, its head included, on new data. Called by
+train_cls.py."""
+
+import os
+
+import torch
+
+import lora
+from lib import flags, rundata, runfolder, runs
+from lib.base import base_of
+from lib.files import UserError
+from lib.report import counted, listing
+from model import SHAPES
+
+METHODS = flags.METHODS['cls']
+ALIKE = ('r', 'alpha', 'targets', 'top', 'bottleneck', 'pool')  # part of the model, as METHODS are
+READING = ('dropout', 'max_length', 'keep', 'lr')  # those of the run, unless typed
+OTHER = ('model', 'scratch', 'n_layer', 'n_head', 'n_embd', 'block_size')
+
+
+def inherit(args, given):
+    """Flags that were not typed are those of the run; those that make its model must be."""
+    path, info = args.init, runfolder.read_run(args.init)
+    old, method = info['args'], info['method']
+    if info.get('kind') == 'gen':
+        raise UserError(f'--init {path}: this run is generative; name one of train_cls.py')
+    if 'data' not in given:
+        raise UserError(f'--init {path} needs --data: the rows to train on')
+    for name in given & {*OTHER}:
+        raise UserError(f'--{name} cannot be combined with --init, which goes on with a model')
+    if strange := flags.strange_flags(args, old):
+        problem = f'is damaged: its flag --{strange[0]} is malformed'
+        raise UserError(f'{path}/run.json {problem}; restore the file, or train again')
+    if given & {*METHODS} and args.method != method:
+        why = f'{path} was trained with --{method}; leave the flag out, or use --model'
+        raise UserError(f'--{args.method}: {why}')
+    for name in (*ALIKE, *METHODS, *READING):
+        value = ','.join(old[name]) if name == 'targets' else old[name]
+        if name not in given:
+            setattr(args, name, value)
+        elif name in (*ALIKE, 'last', 'prompt') and getattr(args, name) != value:
+            why = f'{path} has {value}, and --init goes on with its model; leave the flag out'
+            raise UserError(f'--{name} {getattr(args, name)}: {why}')
+    args.method, args.model = method, os.path.abspath(path)
+    if method in ('lora', 'adapter', 'prompt'):
+        base, name = base_of(path, info, args.data_dir), info['base']['name']
+        kept = os.path.isdir(os.path.join(path, 'base'))
+        args.model = name if name in SHAPES and not kept else os.path.abspath(base)
+    given.add('model')
+
+
+def fill(model, args, ds):
+    """Give a fresh model, to which the method was added, the weights of the run args.init, if it is
+    given. A label of ds that the run does not have keeps its fresh row of the head. Adds notes to
+    ds.notes."""
+    if not args.init:
+        return
+    path, info = args.init, runfolder.read_run(args.init)
+    source, old = runs.load_cls(path, info, args.data_dir), info['labels']
+    theirs = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, p in lora.trainables(model).items():
+            if name != 'score.weight' and not torch.equal(p, theirs[name]):
+                p.copy_(theirs[name])
+        for i, label in enumerate(ds.labels):
+            if label in old:
+                model.score.weight[i] = source.score.weight[old.index(label)]
+    new = [label for label in ds.labels if label not in old]
+    gone = [label for label in old if label not in ds.labels]
+    ds.notes += [f'new in the head: {listing(new)}'] * bool(new)
+    ds.notes += [f'dropped from the head, as no row has it: {listing(gone)}'] * bool(gone)
+    seen = rundata.seen(path, ds.test.texts)
+    if seen is not None and seen.any():
+        texts = counted(int(seen.sum()), 'test text')
+        ds.notes.append(f'{path} was trained on {texts}: the results may be optimistic')
