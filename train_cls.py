@@ -142,8 +142,7 @@ def main(argv=None):
     lengths = np.minimum(train.lengths, args.max_length)  # (N,) tokens that are read
     plan = training.Plan(args, lengths, data.batches, args.max_steps, args.epochs, args.lr)
     where = args.max_length, args.keep, dev, dtype
-    y, counts = ds.train.y, np.bincount(ds.train.y)
-    balanced = args.class_weights == 'balanced'
+    y, counts, balanced = ds.train.y, np.bincount(ds.train.y), args.class_weights == 'balanced'
     class_weights = len(y) / (len(counts) * counts) if balanced else None  # (K,)
     weights = torch.tensor(class_weights).float().to(dev) if balanced else None
     print('\n'.join(summary.describe(args, ds, train, model.cfg, (dev, dtype, reason)) + facts))
@@ -152,8 +151,8 @@ def main(argv=None):
 
     def batch_of(index):
         """Rows index (B,) of the training split -> arguments of loss_of."""
-        how, multiple = (args.max_length, args.keep, model.end, dev), GRAPH_WIDTH if graphs else 1
-        ids, n = data.collate(train, index, *how, multiple=multiple)
+        width = GRAPH_WIDTH if graphs else 1
+        ids, n = data.collate(train, index, *where[:2], model.end, dev, multiple=width)
         batch = ids, n, data.to_device(torch.from_numpy(y[index]), dev)
         return (*batch, feed.states['train'](index, ids.shape[1])) if feed else batch
 
