@@ -89,7 +89,8 @@ def leaked(old, args, ds):
     changed."""
     if 'args' not in old:
         return []
-    names = ('data', 'split_seed', 'val', 'test', 'max_samples', 'balance', *Format._fields[:-1])
+    names = 'data split_seed val test max_samples balance quick eval_samples'.split()
+    names += Format._fields[:-1]
     if all(old['args'][name] == getattr(args, name) for name in names):
         hint = 'give the new rows as another file (--data FILE)'
         check(args.out, old.get('split'), ds, hint)
