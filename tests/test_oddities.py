@@ -17,7 +17,7 @@ def test_notes():
     assert note == "1 text has more than one label, for example 'text 0': 'a', 'b'"
     for name in ('nan', 'None', 'NULL'):
         (note,) = of(*good, ('x', name), ('y', name))
-        assert f'2 rows have the label {name!r}' in note
+        assert f'2 rows of {name!r}' in note
     (note,) = of(*good, ('x', 'Good  film'), ('y', 'good film'), ('z', 'other'))
     assert "'Good  film', 'good film' differ only by case or spaces" in note
     assert of(*((f't{i}', str(i)) for i in range(1, 6))) == []  # ratings
