@@ -85,28 +85,23 @@ def load_adapters(path, model, bottleneck):
 
 def open_gen(path, info, how):
     method, labels, answers = info['method'], info['labels'], None
+    folders = [class_folder(path, info, label) for label in labels if method != 'zero_shot']
+    base = base_of(path, info, how.data_dir, how.base) if method != 'full' else None
     if method == 'full':
-        folders = [class_folder(path, info, label) for label in labels]
         passes = [(GPT.from_pretrained(folder), ()) for folder in folders]
-        return GenRun(path, info, passes, answers, how)
-    base, folders = base_of(path, info, how.data_dir, how.base), []
-    if method == 'lora':
-        folders = [class_folder(path, info, label) for label in labels]
-    if any(os.path.isfile(os.path.join(folder, EXTRA)) for folder in folders):
-        passes = []  # an edit gave each class more than LoRA: no model can hold all of them
-        for folder in folders:
-            model = GPT.from_pretrained(base, new_head=True)
+    elif any(os.path.isfile(os.path.join(folder, EXTRA)) for folder in folders):
+        # an edit gave each class more than LoRA: no model can hold all of them
+        passes = [(GPT.from_pretrained(base, new_head=True), ()) for _ in folders]
+        for folder, (model, _) in zip(folders, passes):
             load_peft(folder, model)
-            passes.append((model, ()))
-        return GenRun(path, info, passes, answers, how)
-    model = GPT.from_pretrained(base)
-    if method == 'zero_shot':
+    elif method == 'zero_shot':
+        model = GPT.from_pretrained(base)
         enc = encoding(model, info, how.data_dir)
         prompts = {label: enc.encode_ordinary(info['prompts'][label]) for label in labels}
         answers = prompts if info['args']['direct'] else None
         passes = [(model, () if answers else prompts[label]) for label in labels]
     else:
-        folders = [class_folder(path, info, label) for label in labels]
+        model = GPT.from_pretrained(base)
         load_peft(folders, model, classes=len(labels))
         passes = [(model, ())]
     return GenRun(path, info, passes, answers, how)
