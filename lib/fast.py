@@ -55,11 +55,9 @@ def speed_up(model, device, dtype, token_ids=None, pack=True):
     if device.type == 'cpu':
         keep_freed_memory()
     if edited and ranks.rank() == 0:
-        why = ', '.join(f'{name} ({why})' for name, why in edited.items())
-        print(
-            f'runs as plain PyTorch, since lib/fast.py computes something else: {why}',
-            file=sys.stderr,
-        )
+        why = '; '.join(dict.fromkeys(edited.values()))
+        text = f'note: {", ".join(edited)} as in model.py and lora.py, without the faster version'
+        print(f'{text}, which computes something else ({why})', file=sys.stderr)
 
 
 def install(module, make, matrix, checked, edited):

@@ -19,10 +19,10 @@ from lib import (
     ranks,
     rundata,
     runfolder,
-    summary,
     training,
 )
 from lib.files import UserError
+from lib.versions import versions
 from model import GPT
 
 
@@ -96,7 +96,7 @@ def begin(run, saved):
         info.update(data=args.data, seed=args.seed, labels=[] if args.pretrain else labels)
         info.update(base=ranks.from_rank_zero(base_info), folders=run.folders)
     info.update(rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')})
-    info.update(recorded, args=vars(args), versions=summary.versions())
+    info.update(recorded, args=vars(args), versions=versions())
     info.update({} if args.pretrain else dict(prior=dict(zip(labels, run.prior.tolist()))))
     info.update(dict(prompts=run.prompts) if run.prompts else {})
     if 'base' not in old and not args.pretrain:  # there save_weights does, so that it has weights

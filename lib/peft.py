@@ -112,6 +112,9 @@ def load_peft(folder, model, classes=0):
         for i, one in enumerate(folders):
             index = i if classes else None
             fill(model, adapter_tensors(one), peft_names(model), one, index)
+        for m in model.modules():
+            if isinstance(m, LoRA):  # as saved, whatever add_lora or LoRA make of alpha and r
+                m.scale = first['alpha'] / (m.A.shape[-2] ** (0.5 if first['rslora'] else 1))
 
     add_filled(model, add, fill_all)
     known.update(peft_names(model).values())

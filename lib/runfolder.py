@@ -8,7 +8,7 @@ import shlex
 import sys
 
 import lora
-from lib import base, checkpoints, files, ranks, rundata, summary
+from lib import base, checkpoints, files, ranks, rundata
 from lib.checkpoints import NAMES
 from lib.files import UserError
 from lib.flags import METHODS, POOLS
@@ -16,6 +16,7 @@ from lib.foreign import elsewhere
 from lib.peft import extras, peft_names, save_peft
 from lib.tensors import save_safetensors
 from lib.textfiles import is_encoding, is_separator
+from lib.versions import versions
 
 
 def first_folder(name, method):
@@ -51,7 +52,7 @@ def begin(args, ds, model, read, saved):
     info.update(rundata.record(args.out, ds, saved, init=args.init))
     trained, total = lora.count(model)
     info.update(args=vars(args), parameters=dict(trainable=trained, total=total))
-    return {**info, 'versions': summary.versions()}
+    return {**info, 'versions': versions()}
 
 
 def save(folder, model, info, read, results):

@@ -24,6 +24,7 @@ from lib.report import counted
 from lib.runfolder import info_of, precision
 from lib.tensors import load_safetensors
 from lib.tokens import cut_note, listed, tokenize, tokenizer, tokenizer_name
+from lib.versions import note_edits
 from model import GPT
 
 NEUTRAL = ['N/A', '', '[MASK]']  # content-free texts, as in the paper on contextual calibration
@@ -38,6 +39,7 @@ def open_run(path, device='auto', dtype='auto', data_dir=None, plain=False, base
     base model, if it is no longer where the run found it.  Raises UserError if the
     folder holds neither, or its base model is gone or is another one."""
     info = info_of(path, base)
+    note_edits(path, info)
     if base and info['method'] not in STAYS:
         raise UserError(f'{path} holds all of its weights: --base does nothing')
     how = How(*pick_device(device, dtype), data_dir, plain, base)

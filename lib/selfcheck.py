@@ -139,7 +139,7 @@ def difference(pairs, tolerance=TOLERANCE):
             error = max(distance(a, b) for want, got in pairs for a, b in zip(want, got))
     except Exception as e:  # of edited code: it may need more than a small copy has
         return f'{type(e).__name__}: {e}'
-    return '' if error <= tolerance else f'{error:.1g} apart'
+    return '' if error <= tolerance else f'relative difference {error:.1g}'
 
 
 def distance(a, b):

@@ -1,21 +1,14 @@
 """Lines that a training run shows, and facts that it records. Called by both train scripts."""
 
 import os
-import platform
 import textwrap
 
 import numpy as np
-import torch
 
 from lib import cli
 from lib.report import counted
 from lib.textfiles import KINDS, kind_of
 from lib.tokens import cut_note
-
-
-def versions():
-    """Versions for run.json."""
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
 
 
 def describe(args, ds, train, cfg, place, notes=()):

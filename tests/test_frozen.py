@@ -203,3 +203,32 @@ def test_frozen_states_are_limited():
     losses = [[r['loss'] for r in records(f) if 'loss' in r] for f in (out, kept, plain)]
     assert len(losses[0]) > 1 and np.allclose(losses[0], losses[1], atol=1e-5), losses
     assert np.allclose(losses[0], losses[2], atol=1e-5), losses
+
+
+def test_every_edit_of_the_model_is_another_file():
+    """A constant of a file of the model, what such a file imports from beside it, and GPT.forward
+    take effect over the files that the code before has left."""
+    import model as owner
+
+    with fresh_cache():
+        net, tokens, how = example('head')
+        splits = dict(train=tokens)
+
+        def count():
+            assert frozen.cache(example('head')[0], splits, *how)
+            return len(os.listdir(cached('frozen')))
+
+        assert count() == 1 and count() == 1
+        owner.FACTOR = 1.0
+        assert count() == 2
+        with patched(owner, 'FACTOR', 2.0):
+            assert count() == 3
+        del owner.FACTOR
+        forward = GPT.forward
+        with patched(GPT, 'forward', lambda self, ids, n: torch.tanh(forward(self, ids, n))):
+            assert frozen.cache(example('head')[0], splits, *how) is None
+            tail = example('last', last=1)[0]
+            feed = frozen.cache(tail, splits, *how)
+            got = class_logits(tail, tokens, *how, net=feed.net, states=feed.states['train'])
+            assert np.allclose(got, class_logits(tail, tokens, *how), atol=1e-4)
+            assert abs(got).max() <= 1

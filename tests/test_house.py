@@ -17,7 +17,7 @@ FUNCTION, MAIN, LOOP, LINE = 60, 120, 40, 100
 # rooms that know the model; the others know neither model.py nor lora.py
 KNOW_MODEL = set(
     """answers base blocks classes explain export fast foreign frozen genflags genrun init packed
-    peers peft repeat rows rundata runfolder runs scoring selfcheck vocabulary windows
+    peers peft repeat rows rundata runfolder runs scoring selfcheck versions vocabulary windows
     workload""".split()
 )
 BENCH = {'measure', 'peers', 'workload'}  # rooms of bench.py, counted with it

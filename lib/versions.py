@@ -1,0 +1,79 @@
+"""What made a run: versions, and the code of the model as a hash. Called by lib/runfolder.py,
+lib/genrun.py, lib/runs.py, and lib/frozen.py, whose states depend on the code."""
+
+import hashlib
+import os
+import platform
+import sys
+from types import CodeType, ModuleType
+
+import numpy as np
+import torch
+
+import lora
+import model
+
+CONSTANTS = (bool, int, float, str, tuple, list, dict, type(None))
+
+
+def versions():
+    """Versions for run.json."""
+    every = {v for m in (model, lora) for v in vars(m).values() if isinstance(v, type)}
+    every = {c for c in every if c.__module__ in (model.__name__, lora.__name__)}
+    found = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    return {**found, 'code': code_of(every)}
+
+
+def note_edits(path, info):
+    """Say so if a run (info: its run.json) was trained with another model.py or lora.py."""
+    then, now = info.get('versions', {}), versions()
+    if then.get('python') == now['python'] and then.get('code', now['code']) != now['code']:
+        text = f'note: {path} was trained with another model.py or lora.py than those here'
+        print(f'{text}, which compute its results now', file=sys.stderr)
+
+
+def code_of(classes):
+    """Hash of the code of a model's classes, and of the functions and constants of the files that
+    they are from and of those beside them that these import. Comments do not count. It differs
+    between versions of Python."""
+    classes = {c for c in classes if c.__module__.split('.')[0] not in ('torch', 'builtins')}
+    found = [(c.__qualname__, vars(c)) for c in classes]
+    found += [(m.__name__, vars(m)) for m in files_of(classes)]
+    h = hashlib.sha256()
+    for name, members in sorted(found, key=lambda item: item[0]):
+        for key, value in sorted(members.items()):
+            f = getattr(value, 'fget', None) or getattr(value, '__func__', value)
+            if isinstance(getattr(f, '__code__', None), CodeType):
+                defaults = (f.__defaults__, f.__kwdefaults__)
+                h.update(repr((name, key, defaults, flattened(f.__code__))).encode())
+            elif isinstance(value, CONSTANTS) and not key.startswith('__'):
+                h.update(repr((name, key, value)).encode())
+    return h.hexdigest()[:16]
+
+
+def files_of(classes):
+    """The modules of these classes, and those in the same folders that they import."""
+    todo = [sys.modules[c.__module__] for c in classes if c.__module__ in sys.modules]
+    folders = {folder_of(m) for m in todo} - {None}
+    seen = {}
+    while todo:
+        m = todo.pop()
+        if m.__name__ not in seen:
+            seen[m.__name__] = m
+            owners = [
+                sys.modules.get(getattr(v, '__module__', None) or '') for v in vars(m).values()
+            ]
+            imported = [v for v in vars(m).values() if isinstance(v, ModuleType)]
+            todo += [m for m in owners + imported if m and folder_of(m) in folders]
+    return seen.values()
+
+
+def folder_of(module):
+    path = getattr(module, '__file__', None)
+    return path and os.path.dirname(os.path.abspath(path))
+
+
+def flattened(code):
+    """A code object without its line numbers and file name."""
+    consts = [flattened(c) if isinstance(c, CodeType) else c for c in code.co_consts]
+    return code.co_code, code.co_names, code.co_varnames, consts
