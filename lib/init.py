@@ -6,7 +6,7 @@ import os
 import torch
 
 import lora
-from lib import flags, rundata, runfolder, runs
+from lib import flags, rundata, runfolder
 from lib.base import base_of
 from lib.files import UserError
 from lib.report import counted, listing
@@ -56,7 +56,7 @@ def fill(model, args, ds):
     if not args.init:
         return
     path, info = args.init, runfolder.read_run(args.init)
-    source, old = runs.load_cls(path, info, args.data_dir), info['labels']
+    source, old = runfolder.load_cls(path, info, args.data_dir), info['labels']
     theirs = dict(source.named_parameters())
     with torch.no_grad():
         for name, p in lora.trainables(model).items():

@@ -13,10 +13,11 @@ from lib.checkpoints import NAMES
 from lib.files import UserError
 from lib.flags import METHODS, POOLS
 from lib.foreign import elsewhere
-from lib.peft import extras, peft_names, save_peft
-from lib.tensors import save_safetensors
+from lib.peft import add_filled, extras, fill, load_peft, peft_names, save_peft
+from lib.tensors import load_safetensors, save_safetensors
 from lib.textfiles import is_encoding, is_separator
 from lib.versions import versions
+from model import GPT
 
 
 def first_folder(name, method):
@@ -89,6 +90,29 @@ def notes(model, method, pool='last'):
     if pool != 'last':
         lines += [f'  --pool {pool}: transformers and PEFT pool the last token: other logits there']
     return lines
+
+
+def load_cls(path, info, data_dir=None, moved=None):
+    """-> the model of a discriminative run, as its folder holds it. moved: the folder of its base
+    model, if that is another one now."""
+    method, k = info['method'], len(info['labels'])
+    if method in ('head', 'last', 'full'):
+        return GPT.from_pretrained(path, k)
+    model = GPT.from_pretrained(base.base_of(path, info, data_dir, moved), k, new_head=True)
+    if method == 'adapter':
+        load_adapters(path, model, info['args']['bottleneck'])
+    else:
+        load_peft(path, model)
+    return model
+
+
+def load_adapters(path, model, bottleneck):
+    tensors = load_safetensors(os.path.join(path, 'adapter.safetensors'))
+
+    def fill_all(model):
+        fill(model, tensors, {n: n for n in lora.trainables(model)}, path)
+
+    add_filled(model, lambda m: lora.adapt(m, 'adapter', bottleneck=bottleneck), fill_all)
 
 
 def info_of(path, moved=None):

@@ -19,10 +19,9 @@ from lib.classes import class_folder
 from lib.device import autocast, pick_device, place
 from lib.files import UserError
 from lib.metrics import softmax
-from lib.peft import EXTRA, add_filled, fill, load_peft
+from lib.peft import EXTRA, load_peft
 from lib.report import counted
-from lib.runfolder import info_of, precision
-from lib.tensors import load_safetensors
+from lib.runfolder import info_of, load_cls, precision
 from lib.tokens import cut_note, listed, tokenize, tokenizer, tokenizer_name
 from lib.versions import note_edits
 from model import GPT
@@ -55,34 +54,12 @@ def open_to_score(path, info, args):
     return open_run(path, args.device, dtype, args.data_dir, args.plain, base)
 
 
-def load_cls(path, info, data_dir=None, base=None):
-    """-> the model of a discriminative run, as its folder holds it"""
-    method, k = info['method'], len(info['labels'])
-    if method in ('head', 'last', 'full'):
-        return GPT.from_pretrained(path, k)
-    model = GPT.from_pretrained(base_of(path, info, data_dir, base), k, new_head=True)
-    if method == 'adapter':
-        load_adapters(path, model, info['args']['bottleneck'])
-    else:
-        load_peft(path, model)
-    return model
-
-
 def open_cls(path, info, how):
     args, model = info['args'], load_cls(path, info, how.data_dir, how.base)
     room = model.cfg.block_size - (0 if model.prompt is None else len(model.prompt))
     args['max_length'] = min(args['max_length'] or room, room)  # None in a folder from elsewhere
     model.pooling, model.pad_to = args['pool'], args['max_length']
     return Run(path, info, model, how)
-
-
-def load_adapters(path, model, bottleneck):
-    tensors = load_safetensors(os.path.join(path, 'adapter.safetensors'))
-
-    def fill_all(model):
-        fill(model, tensors, {n: n for n in lora.trainables(model)}, path)
-
-    add_filled(model, lambda m: lora.adapt(m, 'adapter', bottleneck=bottleneck), fill_all)
 
 
 def open_gen(path, info, how):
