@@ -19,23 +19,11 @@ import torch.nn.functional as F
 
 import data
 import lora
-from lib import (
-    base,
-    cli,
-    device,
-    fast,
-    files,
-    flags,
-    frozen,
-    init,
-    ranks,
-    runfolder,
-    runs,
-    summary,
-    training,
-)
+from lib import cli, device, fast, files, flags, frozen, ranks, runfolder, runs, summary, training
+from lib.base import build_model
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
+from lib.init import inherit, start_from
 from lib.interrupt import interrupted, interruptible
 from lib.metrics import metrics, run_metrics, selection, softmax
 from lib.predictions import write_predictions
@@ -48,7 +36,7 @@ from lib.tokens import tokenize, tokenizer, tokenizer_name
 
 
 def parse(argv):
-    """-> flags, names of the flags that were typed, state of the run to resume or None"""
+    """-> flags, names of the flags that were typed, resume.pt of the run to resume or None"""
     p = cli.Parser(prog='train_cls.py', description=__doc__)
     flags.data_flags(p)
     add, text = flags.model_flags(p), 'go on from a finished run, its head included, on new --data'
@@ -78,29 +66,29 @@ def parse(argv):
     flags.fold_flags(p)
     args, given = p.parse(argv)
     if args.resume:
-        saved = load_resume(args.out)
-        return flags.resumed(args, given, saved['args']), set(), saved
+        resumed = load_resume(args.out)
+        return flags.resumed(args, given, resumed['args']), set(), resumed
     methods = ('head', 'last', 'full', 'adapter', 'prompt')
     args.method = next((m for m in methods if getattr(args, m)), 'lora')
     if args.init:
-        init.inherit(args, given)
+        inherit(args, given)
     needs = dict(bottleneck=('--adapter', args.adapter))
     needs['gradient_checkpointing'] = ('blocks that train', not args.head)
     flags.check_flags(args, given, needs)
     return args, given, None
 
 
-def load(args, given, saved):
+def load(args, given, resumed):
     """-> data set, base model with a fresh head, Tokens of the training and validation texts"""
 
     def get():
         own = args.val, args.test, data.Format.of(vars(args)), args.max_samples, args.balance
         ds = data.load(args.data, args.split_seed, args.data_dir, *own)
-        model = base.build_model(args, len(ds.labels))
+        model = build_model(args, len(ds.labels))
         return ds, model, tokenizer(tokenizer_name(model.cfg.vocab_size), args.data_dir)
 
     with ranks.first_of_machine():
-        ds, model, enc = flags.or_demo(get, args, given, saved)  # the demo if there is no network
+        ds, model, enc = flags.or_demo(get, args, given, resumed)  # the demo if there is no network
     ds = shorten(ds, vars(args))  # --quick, --eval_samples, --fold
     room = model.cfg.block_size - (args.prompt or 0)
     if args.max_length > room and 'max_length' in given:
@@ -114,22 +102,22 @@ def load(args, given, saved):
 
 
 def main(argv=None):
-    args, given, saved = parse(argv)
+    args, given, resumed = parse(argv)
     if args.seeds > 1 or args.folds and args.fold is None:
         return several_runs(main, args, given, argv)
     dev, dtype, reason = device.pick_device(args.device, args.dtype)
     check_graphs(args, dev)
-    ds, model, train, val = load(args, given, saved)
+    ds, model, train, val = load(args, given, resumed)
 
     # --- what trains ---
-    read = model.state_dict()  # float32, memory-mapped: frozen weights are saved from here
+    original = model.state_dict()  # float32: frozen weights are saved as they were read
     options = args.last, args.r, args.alpha, args.dropout, args.targets
     wrapped = lora.adapt(model, args.method, *options, args.bottleneck, args.prompt, args.top)
-    init.fill(model, args, ds)
-    info = runfolder.begin(args, ds, model, read, saved)
+    start_from(model, args, ds)
+    info = runfolder.begin(args, ds, model, original, resumed)
     facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method, args.pool)
     device.place(model, dev, dtype)
-    if not args.plain:  # the same numbers, sooner; may be deleted
+    if not args.plain:  # the same numbers, sooner: you may delete these lines
         token_ids = np.append(train.flat, model.end) if args.full else None
         fast.speed_up(model, dev, dtype, token_ids, pack=not args.compile)
     training.wrap_blocks(model, args)
@@ -165,7 +153,7 @@ def main(argv=None):
         return F.cross_entropy(logits.float(), y, weight=weights, reduction='sum')
 
     def weight_of(rows):
-        """What the loss of a step is divided by: its rows, or the sum of their class weights."""
+        """What the summed loss of a step is divided by: its rows, or their class weights."""
         return float(class_weights[y[rows]].sum()) if balanced else len(rows)
 
     def evaluate(step, best):
@@ -180,15 +168,15 @@ def main(argv=None):
         score = *selection(m, args.select), -step
         if best is None or score > best:
             best = score
-            runfolder.save(args.out, model, info, read, dict(step=step, **results))
+            runfolder.save(args.out, model, info, original, dict(step=step, **results))
         save_resume(args.out, args, step, best, *state)
         log.restart()
         return best
 
-    done, best = restore(saved, *state) if saved else (0, None)  # steps, score
+    done, best = restore(resumed, *state) if resumed else (0, None)  # steps, score
     log = training.Log(args.out, plan, ds.train.texts, done, device=dev)
     graphs = Graphs(loss_of, params.values(), scaler, [log.hits]) if args.cuda_graphs else None
-    if not saved:
+    if not resumed:
         save_resume(args.out, args, 0, None, *state)  # from here on the run can be resumed
     several = plan.max_steps > plan.epoch_steps and ranks.world_size() == 1 and not args.plain
     feed = several and frozen.cache(model, dict(train=train, val=val), *where)
@@ -196,9 +184,9 @@ def main(argv=None):
 
     # --- loop ---
     with training.memory_advice(args), interruptible() as interrupt:
-        if saved and saved['due']:
+        if resumed and resumed['due']:
             best = evaluate(done, best)
-        for step, rows in plan.steps(opt, interrupt, done):
+        for step, rows in plan.steps(opt, interrupt, done):  # sets lr, seeds dropout
             if log.stops(done, best):
                 break
             parts, factor = plan.parts(rows)
@@ -228,7 +216,8 @@ def main(argv=None):
     if ranks.any_rank(interrupt.requested):
         save_resume(args.out, args, done, best, *state, due=interrupt.evaluating)
         return interrupted('train_cls.py', args.out, done, plan.max_steps)
-    model = net = params = opt = state = graphs = feed = read = saved = batch = part_loss = None
+    model = net = params = opt = state = graphs = feed = original = resumed = None
+    batch = part_loss = None
     gc.collect()  # the test needs their memory
     ranks.barrier()
     return test(args, ds, summary.best(args, best, done, plan.max_steps))

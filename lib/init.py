@@ -49,7 +49,7 @@ def inherit(args, given):
     given.add('model')
 
 
-def fill(model, args, ds):
+def start_from(model, args, ds):
     """Give a fresh model, to which the method was added, the weights of the run args.init, if it is
     given. A label of ds that the run does not have keeps its fresh row of the head. Adds notes to
     ds.notes."""
