@@ -3,6 +3,7 @@
 each method, `--parity gpt2 [STEPS]` trains that shape beside transformers and peft. No network is
 needed; real data are read from $NANOCLS_DATA. `python -m pytest tests` runs the same files."""
 
+import faulthandler
 import importlib
 import multiprocessing
 import os
@@ -35,12 +36,14 @@ def run(file, names):
     results = []
     for name in names:
         start, what, why = time.time(), 'ok  ', ''
+        faulthandler.dump_traceback_later(900, exit=True)  # a test that hangs ends its worker
         try:
             getattr(importlib.import_module(f'tests.test_{file}'), name)()
         except unittest.SkipTest as e:
             what, why = 'skip', f' ({e})'
         except Exception:
             what, why = 'FAIL', '\n' + traceback.format_exc()
+        faulthandler.cancel_dump_traceback_later()
         results.append((what, name))
         print(f'{what} {name} {time.time() - start:.1f} s{why}', flush=True)
     return results

@@ -27,7 +27,7 @@ from lib.versions import note_edits
 from model import GPT
 
 NEUTRAL = ['N/A', '', '[MASK]']  # content-free texts, as in the paper on contextual calibration
-How = namedtuple('How', 'device dtype reason data_dir plain base')  # how a run is opened
+How = namedtuple('How', 'device dtype reason data_dir plain base', defaults=[None])  # to open a run
 
 
 def open_run(path, device='auto', dtype='auto', data_dir=None, plain=False, base=None):

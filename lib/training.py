@@ -59,6 +59,7 @@ class Plan:
         """Rows of a step -> this rank's, in --grad_accum parts of like length, and the factor of
         their loss (ranks.rank_part)."""
         own, factor = ranks.rank_part(rows[np.argsort(self.lengths[rows])])
+        self.idle = not factor  # no row of this step is this rank's
         return np.array_split(own, min(self.args.grad_accum, len(own))), factor
 
     def steps(self, opt, interrupt, done):
@@ -201,7 +202,7 @@ class Log:
 
     def restart(self):
         """Start counting and the clock anew: the speeds are those of training alone."""
-        self.losses, self.rows, self.real, self.padded = [], 0, 0, 0
+        self.losses, self.rows, self.real, self.padded, self.right = [], 0, 0, 0, 0
         if self.hits is not None:
             self.hits.zero_()
         self.since = time.perf_counter()
@@ -216,15 +217,17 @@ class Log:
         loss = loss / ranks.world_size()
         self.losses.append(loss if norm is None else loss + 0.0 * norm)  # finite if both are
         self.rows += rows
+        if self.hits is not None:
+            self.right = self.right if self.plan.idle else self.right + self.hits
+            self.hits.zero_()
         if step % self.plan.args.log_every == 0 or self.plan.evaluates(step):
             loss, seconds = self.check(step), time.perf_counter() - self.since
-            hits = 0 if self.hits is None else int(self.hits)
-            totals = torch.tensor([self.real, self.padded, hits])
-            real, padded, hits = ranks.all_reduce(totals).tolist()
+            totals = torch.tensor([self.real, self.padded, int(self.right)])
+            real, padded, right = ranks.all_reduce(totals).tolist()
             record = dict(step=step, loss=loss, lr=self.plan.rate)
             record.update(examples_per_s=self.rows / seconds, tokens_per_s=real / seconds)
             record.update(pad_share=1 - real / padded)
-            record.update({} if self.hits is None else dict(train_accuracy=hits / self.rows))
+            record.update({} if self.hits is None else dict(train_accuracy=right / self.rows))
             self.write(seconds / len(self.losses), **record)
             self.restart()
 

@@ -12,6 +12,7 @@ import torch
 
 import train_cls
 import train_gen
+from lib.cli import exit_code
 from lib.files import UserError
 from tests.helpers import FLAGS, METHODS, records, skip, tmp, topics, tree
 
@@ -56,7 +57,7 @@ def in_a_child(fn, kill_at=0):
         with contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
             sys.setprofile(tick)
             try:
-                code = fn() or 0
+                code = exit_code(fn())
             except UserError as e:
                 code, writing = 2, [str(e)]
             sys.setprofile(None)

@@ -66,7 +66,9 @@ def test_gen_every_method_end_to_end():
         assert (info['model'], info['seed']) == (pretrained(), 1337)
         assert info['method'] == dict(direct='zero_shot', posterior='lora').get(method, method)
         assert abs(sum(info['prior'].values()) - 1) < 1e-9
-        assert set(info['calibration']) == {'tau', 'bias'} and info['calibration']['tau'] > 0
+        fit = info['calibration']
+        assert set(fit) == {'tau', 'bias', 'fitted'} and fit['tau'] > 0
+        assert info['rule'] == 'calibrated'
         assert ('likelihood_quantiles' in info) == (method != 'direct')
         assert ('prompts' in info) == (method in ('zero_shot', 'direct'))
         names = {'run.json', 'eval_results.json', 'val_preds.json', 'val_labels.json'}
