@@ -1,7 +1,7 @@
 """`python test_all.py [WORD ...]`: all tests, or those whose name or file holds one of the words.
 `--fuzz N [KIND ...]` reads N damaged files of each kind, `--kills N` kills and resumes N runs of
-each method, `--parity gpt2 [STEPS]` trains that shape beside transformers and peft. No network is
-needed; real data are read from $NANOCLS_DATA. `python -m pytest tests` runs the same files."""
+each method, `--parity gpt2 [STEPS]` trains beside transformers and peft. No network is needed; real
+data are read from $NANOCLS_DATA. `python -m pytest tests` runs the same files."""
 
 import faulthandler
 import importlib
@@ -14,8 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
-import unittest
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from unittest import SkipTest
 
 FIRST = 'demo resume ranks train_cls train_gen gen_classes hostile fast cli'.split()  # the longest
 
@@ -24,8 +24,7 @@ def chosen(words):
     """-> [(name of a test file, names of its tests)], the longest files first."""
     files = []
     for path in sorted(pathlib.Path(__file__).parent.glob('tests/test_*.py')):
-        file = path.stem[5:]
-        names = re.findall(r'^def (test_\w+)', path.read_text(encoding='utf-8'), re.M)
+        file, names = path.stem[5:], re.findall(r'^def (test_\w+)', path.read_text('utf-8'), re.M)
         names = [name for name in names if not words or any(w in name or w in file for w in words)]
         files += [(file, names)] if names else []
     return sorted(files, key=lambda x: FIRST.index(x[0]) if x[0] in FIRST else len(FIRST))
@@ -39,7 +38,7 @@ def run(file, names):
         faulthandler.dump_traceback_later(900, exit=True)  # a test that hangs ends its worker
         try:
             getattr(importlib.import_module(f'tests.test_{file}'), name)()
-        except unittest.SkipTest as e:
+        except SkipTest as e:
             what, why = 'skip', f' ({e})'
         except Exception:
             what, why = 'FAIL', '\n' + traceback.format_exc()
@@ -51,11 +50,11 @@ def run(file, names):
 
 def serve(files, results):
     """A thread: hands files to a worker process; one that dies is a failure, and is replaced."""
-    pool = None
+    pool, spawn = None, multiprocessing.get_context('spawn')
     while files:
         file, names = files.pop(0)
-        pool = pool or ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
         try:
+            pool = pool or ProcessPoolExecutor(1, spawn)
             results += pool.submit(run, file, names).result()
         except Exception as e:
             print(f'FAIL test_{file}: {e}', flush=True)
@@ -68,14 +67,12 @@ def main(words):
         return importlib.import_module(f'tests.{words[0][2:]}').main(words[1:])
     start, results, root = time.time(), [], tempfile.mkdtemp(prefix='nanocls-test-')
     os.environ.update(NANOCLS_TEST_ROOT=root, OMP_NUM_THREADS='1')
-    files, n = chosen(words), min(2, os.cpu_count())
-    with ThreadPoolExecutor(n) as threads:
-        list(threads.map(serve, [files] * n, [results] * n))
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(serve, [chosen(words)] * 2, [results] * 2))
     shutil.rmtree(root, ignore_errors=True)
     n = [sum(x[0] == what for x in results) for what in ('ok  ', 'FAIL', 'skip')]
-    failed = ', '.join(name for outcome, name in results if outcome == 'FAIL')
-    print(f'{time.time() - start:.0f} s' + (f'; failed: {failed}' if failed else ''))
-    print(f'{n[0]} passed, {n[1]} failed, {n[2]} skipped')
+    failed = ', '.join(name for outcome, name in results if outcome == 'FAIL') or 'none'
+    print(f'{time.time() - start:.0f} s; failed: {failed}\n{n[0]} passed, {n[1]} failed, {n[2]} skipped')
     return 1 if n[1] or not n[0] else 0
 
 

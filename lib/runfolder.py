@@ -170,12 +170,9 @@ def update_results(path, results):
 def upgraded(args, kind):
     """Flags of an older run, with the names of today."""
     older = dict(plain=False, split_seed=args.get('seed'), drop_unlabelled=False)
-    older.update(
-        dict.fromkeys(('sep', 'encoding', 'eval_samples', 'patience', 'folds', 'fold')),
-        select='accuracy',
-    )
-    older.update(dict(pool='last') if kind == 'cls' else {})
-    args = {**older, **args}
+    older.update(dict.fromkeys(('sep', 'encoding', 'eval_samples', 'patience')), select='accuracy')
+    older.update(dict(pool='last', folds=None, fold=None) if kind == 'cls' else {})
+    args = {**args, **{name: value for name, value in older.items() if name not in args}}
     if 'keep' not in args and 'truncate' in args:
         args['keep'] = dict(head='first', tail='last').get(str(args.pop('truncate')))
     return args
@@ -220,7 +217,7 @@ def malformed(info):
         return 'labels'
     if not isinstance(args, dict):
         return 'args'
-    for name, check in args_fields(method).items():
+    for name, check in args_fields(method, info.get('kind')).items():
         if name not in args or not check(args[name]):
             return name
     if info.get('kind') != 'gen' and args['pool'] not in POOLS:
@@ -237,17 +234,18 @@ def malformed(info):
     return next((name for name, valid in checks.items() if not valid), None)
 
 
-def args_fields(method):
+def args_fields(method, kind):
     """{flag: check of its value} of the flags in run.json that are used later."""
     names = ('data_dir', 'val', 'test', 'text_col', 'label_col')
     fields = dict.fromkeys(names, optional(TEXT))
     fields.update(sep=optional(is_separator), encoding=optional(is_encoding), split_seed=INT)
     fields.update(drop_unlabelled=BOOL)
     fields.update(max_length=COUNT, keep=lambda x: x in ('first', 'last'), data=TEXT, seed=INT)
-    fields.update(folds=optional(COUNT), fold=optional(value(int, valid=lambda i: i >= 0)))
     fields.update(
         max_samples=optional(COUNT), eval_samples=optional(COUNT), balance=BOOL, quick=BOOL
     )
+    part = value(int, valid=lambda i: i >= 0)
+    fields.update({} if kind == 'gen' else dict(folds=optional(COUNT), fold=optional(part)))
     fields.update(dict(bottleneck=COUNT) if method == 'adapter' else {})
     fields.update(dict(direct=BOOL) if method == 'zero_shot' else {})
     return fields

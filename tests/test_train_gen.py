@@ -72,6 +72,7 @@ def test_gen_every_method_end_to_end():
         assert ('likelihood_quantiles' in info) == (method != 'direct')
         assert ('prompts' in info) == (method in ('zero_shot', 'direct'))
         names = {'run.json', 'eval_results.json', 'val_preds.json', 'val_labels.json'}
+        names |= {'train_texts.bin'}
         names |= {'base'} if method != 'full' else set()
         if 'zero' not in GEN[method][0]:
             names |= {'animals', 'numbers', 'log.jsonl'}
