@@ -70,10 +70,10 @@ def main(words):
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(serve, [chosen(words)] * 2, [results] * 2))
     shutil.rmtree(root, ignore_errors=True)
-    n = [sum(x[0] == what for x in results) for what in ('ok  ', 'FAIL', 'skip')]
-    failed = ', '.join(name for outcome, name in results if outcome == 'FAIL') or 'none'
-    print(f'{time.time() - start:.0f} s; failed: {failed}\n{n[0]} passed, {n[1]} failed, {n[2]} skipped')
-    return 1 if n[1] or not n[0] else 0
+    done, failed, skipped = ([n for w, n in results if w == x] for x in ('ok  ', 'FAIL', 'skip'))
+    print(f'{time.time() - start:.0f} s; failed: {", ".join(failed) or "none"}')
+    print(f'{len(done)} passed, {len(failed)} failed, {len(skipped)} skipped')
+    return 1 if failed or not done else 0
 
 
 if __name__ == '__main__':

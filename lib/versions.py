@@ -38,7 +38,9 @@ def code_of(classes):
     between versions of Python."""
     classes = {c for c in classes if c.__module__.split('.')[0] not in ('torch', 'builtins')}
     found = [(c.__qualname__, vars(c)) for c in classes]
-    found += [(m.__name__, vars(m)) for m in files_of(classes)]
+    for m in files_of(classes):  # without the functions that torch.compile adds to a file
+        own = {k: v for k, v in vars(m).items() if not k.startswith('__')}
+        found.append((m.__name__, own))
     h = hashlib.sha256()
     for name, members in sorted(found, key=lambda item: item[0]):
         for key, value in sorted(members.items()):

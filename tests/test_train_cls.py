@@ -21,6 +21,7 @@ from lib.rundata import own_data
 from lib.runs import open_run
 from lib.tensors import load_safetensors
 from lib.training import wrap_blocks
+from lib.versions import versions
 from model import GPT
 from tests.helpers import (
     ALL,
@@ -137,8 +138,10 @@ def test_compile():
         skip('torch.compile needs a C++ compiler')
     flags = [*TINY, *'--n_layer 1 --lora --dropout 0 --dtype fp32 --lr 1e-2'.split()]
     flags += '--max_steps 6 --log_every 1'.split()
+    code = versions()['code']
     a, b = losses_of(train(*flags, '--compile')[0]), losses_of(train(*flags)[0])
     assert len(a) == len(b) == 6 and np.allclose(a, b, rtol=1e-4), (a, b)
+    assert versions()['code'] == code, 'what torch.compile adds to model.py is no edit'
 
 
 def test_frozen_weights_stay_bitwise():
