@@ -117,7 +117,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg, num_labels=0):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.num_labels = cfg, num_labels
         self.wte = Embedding(cfg.vocab_size, cfg.n_embd)
         self.wpe = Embedding(cfg.block_size, cfg.n_embd)
         self.drop = nn.Dropout(0.0)
@@ -263,9 +263,9 @@ class GPT(nn.Module):
         cfg = Config(**checkpoints.read_config(folder, tensors, where, SHAPES))
         with torch.device('meta'):
             model = cls(cfg, num_labels)
-        if num_labels and new_head:
-            tensors['score.weight'] = torch.empty(num_labels, cfg.n_embd).normal_(0.0, 0.02)
         named = dict([*model.named_parameters(), *model.named_buffers()])
+        if new_head and 'score.weight' in named:  # not in a head of an edit
+            tensors['score.weight'] = torch.empty(num_labels, cfg.n_embd).normal_(0.0, 0.02)
         added = {n for n in named if n not in tensors and not checkpoints.NAMES.fullmatch(n)}
         added -= set() if new_head else dict(model.named_parameters()).keys()
         shapes = {n: t.shape for n, t in named.items() if n not in added}

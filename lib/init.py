@@ -62,8 +62,13 @@ def start_from(model, args, ds):
         for name, p in lora.trainables(model).items():
             if name != 'score.weight' and not torch.equal(p, theirs[name]):
                 p.copy_(theirs[name])
+        if 'score.weight' not in theirs and ds.labels != old:
+            raise UserError(
+                f'--init {path}: its head, edited, has no row per label; the data must '
+                f'have the labels of that run: {listing(old)}'
+            )
         for i, label in enumerate(ds.labels):
-            if label in old:
+            if 'score.weight' in theirs and label in old:
                 model.score.weight[i] = source.score.weight[old.index(label)]
     new = [label for label in ds.labels if label not in old]
     gone = [label for label in old if label not in ds.labels]

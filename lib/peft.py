@@ -35,8 +35,9 @@ def save_peft(folder, model, base_name, index=None):
     """Write a model's LoRA or prompt vectors, and its head if it has one. index: which of K
     classes."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRA)}
-    head, cfg = hasattr(model, 'score'), model.cfg
-    config = dict(task_type='SEQ_CLS' if head else 'CAUSAL_LM')
+    params, cfg = dict(model.named_parameters()), model.cfg
+    head = 'score.weight' in params  # a head of an edit is among the extras
+    config = dict(task_type='SEQ_CLS' if model.num_labels else 'CAUSAL_LM')
     config.update(base_model_name_or_path=base_name, inference_mode=True)
     if model.prompt is None:
         m = next(iter(layers.values()))
@@ -51,7 +52,6 @@ def save_peft(folder, model, base_name, index=None):
         config.update(peft_type='PROMPT_TUNING', num_virtual_tokens=model.prompt.shape[-2])
         config.update(token_dim=cfg.n_embd, num_layers=cfg.n_layer)
         config.update(num_attention_heads=cfg.n_head, num_transformer_submodules=1)
-    params = dict(model.named_parameters())
     tensors = {key: params[n].detach().float() for key, n in peft_names(model).items()}
     if index is not None:
         tensors = {key: t[index] for key, t in tensors.items()}
@@ -65,14 +65,16 @@ def save_peft(folder, model, base_name, index=None):
 
 
 def peft_names(model):
-    """{name in PEFT's file: name in the model} of a model's LoRA or prompt, and of its head."""
+    """{name in PEFT's file: name in the model} of a model's LoRA or prompt, and of its head, if
+    that is GPT-2's."""
     if model.prompt is None:
         layers = [n for n, m in model.named_modules() if isinstance(m, LoRA)]
         names = {f'{PREFIX}{n}.lora_{k}.weight': f'{n}.{k}' for n in layers for k in 'AB'}
         head = 'base_model.model.score.weight'
     else:
         names, head = {'prompt_embeddings': 'prompt'}, 'base_model.score.weight'
-    return {**names, head: 'score.weight'} if hasattr(model, 'score') else names
+    plain = 'score.weight' in dict(model.named_parameters())
+    return {**names, head: 'score.weight'} if plain else names
 
 
 def extras(model):
@@ -137,7 +139,7 @@ def add_filled(model, add, fill_all):
     """add(model), then fill_all(model); both are first checked on the meta device, so that a bad
     file cannot make us allocate."""
     with torch.device('meta'):
-        outline = GPT(model.cfg, model.score.out_features if hasattr(model, 'score') else 0)
+        outline = GPT(model.cfg, model.num_labels)
         add(outline.requires_grad_(False))
     fill_all(outline)
     add(model)

@@ -26,6 +26,7 @@ from lora import LoRA
 from model import GPT, Block, Config
 from tests.helpers import (
     FLAGS,
+    METHODS,
     Stop,
     patched,
     raises,
@@ -43,7 +44,12 @@ EDITS = {
     'gate': (Block, lambda self: nn.Parameter(torch.ones(32))),
     'ln_3': (Block, lambda self: nn.LayerNorm(32)),
     'hidden_layer': (GPT, lambda self: nn.Linear(32, 32)),
+    'score': (GPT, lambda self: two_layers(self.num_labels)),  # in place of the linear head
 }
+
+
+def two_layers(num_labels):
+    return nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, num_labels))
 
 
 @contextlib.contextmanager
@@ -56,12 +62,14 @@ def edited(name):
 
     def start(self, *a, **k):
         init(self, *a, **k)
-        setattr(self, name, make(self))
+        if owner is not GPT or self.num_labels:
+            setattr(self, name, make(self))
 
     def forward(self, *a):
         new = getattr(self, name)
         if owner is GPT:
-            return self.score(torch.tanh(new(self.pool(self.hidden(a[0]), a[1]))))
+            state = self.pool(self.hidden(a[0]), a[1])
+            return new(state) if name == 'score' else self.score(torch.tanh(new(state)))
         y = plain(self, *a)
         return y * new if isinstance(new, nn.Parameter) else y + new(y)
 
@@ -143,6 +151,17 @@ def test_a_layer_norm_added_to_the_block_is_saved():
 
 def test_a_layer_before_the_head_is_saved():
     one_edit('hidden_layer', ['lora', 'head', 'prompt', 'adapter'])
+
+
+def test_a_head_of_two_layers_is_saved():
+    one_edit('score', METHODS)
+    labels = write('other.csv', table(60, ('news', 'ham')))
+    with edited('score'):
+        out, _ = train(*argv('--lora'))
+        again, _ = train('--init', out, '--data', place()[1], '--max_steps', '1')
+        assert open_run(again).labels == open_run(out).labels
+        flags = ['--init', out, '--data', labels, '--out', os.path.join(tmp(), 'x')]
+        raises(UserError, train_cls.main, flags, match='no row per label')
 
 
 def test_what_an_edit_does_not_freeze_is_saved():
