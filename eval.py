@@ -25,7 +25,7 @@ from lib import cli, files, flags
 from lib.files import UserError
 from lib.intervals import compare
 from lib.metrics import metrics, run_metrics
-from lib.plots import figure_class, plot, read_log
+from lib.plots import check_plots, plot, read_log
 from lib.predictions import read_preds
 from lib.report import counted, means_table, report, side_by_side
 from lib.seeds import by_method, by_seed
@@ -40,10 +40,8 @@ def parse(argv):
     p = cli.Parser(prog='eval.py', description=__doc__)
     p.add_argument('run', nargs='*', metavar='RUN', help='run folders; the first is the baseline')
     add = cli.group(p, 'instead of a run')
-    text = (
-        'predictions: a JSON list, or one value per line, of labels or {label, probs}; label null '
-    )
-    add('--preds', text + '= no answer, counts as wrong', metavar='FILE')
+    text = 'a JSON list, or a value per line, of labels or {label, probs}; label null = no answer'
+    add('--preds', text + ' (wrong)', metavar='FILE')
     add('--labels', 'true labels for --preds, strings in the same order', metavar='FILE')
     add = cli.group(p, 'data')
     add('--data', "data set name, file or folder (default: the first run's own)", metavar='NAME')
@@ -64,6 +62,8 @@ def parse(argv):
     add('--rule', text, ('calibrated', 'bayes'))
     add = cli.group(p, 'output')
     add('--plot', 'write curves and matrices there as PNG (needs matplotlib)', metavar='DIR')
+    text = 'write a page of one run there: metrics, curves, its worst errors explained'
+    add('--html', text, metavar='FILE')
     add('--json', 'write all numbers there; - = stdout, tables to stderr', metavar='FILE')
     add = cli.group(p, 'system')
     add('--base', 'their base model, if it was moved (default: as found)', cli.folder, None, 'DIR')
@@ -92,13 +92,10 @@ def check(args, given):
             raise UserError(f"--{flag} needs --data: the run's own data is read with its own flags")
     if args.test and not args.data and 'split' in given:
         raise UserError('--split has no meaning with --test alone, which scores every row')
+    if args.html and len(args.run) != 1:
+        raise UserError('--html writes the page of one run: name one')
     if args.plot:
-        figure_class()  # a missing matplotlib is reported before the work
-        try:
-            os.makedirs(args.plot, exist_ok=True)
-        except OSError as e:
-            problem = f'cannot be made a folder ({e.strerror})'
-            raise UserError(f'--plot {args.plot} {problem}: give the name of a folder') from None
+        check_plots(args.plot)
 
 
 def load(args, infos):
@@ -137,7 +134,7 @@ def load(args, infos):
 def score(args, out):
     """Every run on the same rows
     -> data set, label names, y (N,), run_metrics() of each run, by_method() if --mean."""
-    from lib import rundata, runs
+    from lib import page, rundata, runs
     from lib.runfolder import info_of
 
     infos = [info_of(path, args.base) for path in args.run]
@@ -168,6 +165,9 @@ def score(args, out):
                 'a smaller --lr'
             )
         every.append(run_metrics(run, logits, y, first['labels']))
+    if args.html:
+        page.write(args.html, run, f'{ds.name} {args.split}', texts, y, every[0])
+        print(f'wrote {args.html}', file=out)
     return ds, first['labels'], y, every, groups
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from lib import cli, export, files, flags, ranks, rundata, runs, tables
 from lib.answers import Table, as_json, as_line, prompt
-from lib.explain import PAGE, coloured, explain, paragraph
+from lib.explain import LEGEND, PAGE, coloured, explain, paragraph
 from lib.files import UserError
 from lib.tokens import cut_note, tokenize
 
@@ -204,7 +204,7 @@ def main(argv=None):
         for line in lines(rows_of(run, args)):
             print(line)
     if args.html:
-        page = PAGE.format(title=html.escape(args.run), body=''.join(paragraphs))
+        page = PAGE.format(title=html.escape(args.run), legend=LEGEND, body=''.join(paragraphs))
         files.write_atomic(args.html, page)
     if lengths and not args.windows:
         for note in cut_note(np.concatenate(lengths), run.args['max_length']):

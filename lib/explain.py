@@ -127,9 +127,12 @@ def paragraph(record):
     return f'<p>{head}<br>{"".join(spans)}</p>\n'
 
 
+LEGEND = (
+    'Green supports the predicted class, red its runner-up; hover over a word to see its number.'
+)
 PAGE = """<!doctype html>
 <meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 16px/1.7 sans-serif; max-width: 50em; margin: 2em auto }}
 span {{ white-space: pre-wrap; border-radius: 3px }}</style>
-<p>Green supports the predicted class, red its runner-up; hover over a word to see its number.</p>
+<p>{legend}</p>
 {body}"""

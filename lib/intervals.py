@@ -17,6 +17,19 @@ def wilson(right, n):
     return [max(0.0, low), min(1.0, high)]
 
 
+def bootstrap(scores, n, keys, samples=500):
+    """95 % intervals (percentiles; Efron and Tibshirani 1993) of scores that have no formula.
+    scores: a function of row numbers (n,) -> {key: number} -> {key: (low, high)}, the same ones
+    every time; without keys that are None."""
+    rng = np.random.default_rng(0)
+    drawn = [scores(rng.integers(0, n, n)) for _ in range(samples)]
+    out = {}
+    for key in keys:
+        if drawn[0][key] is not None:
+            out[key] = tuple(float(x) for x in np.percentile([s[key] for s in drawn], (2.5, 97.5)))
+    return out
+
+
 def rows_difference(d):
     """Mean of the differences d (N,), each in -1 .. 1, of two sides on the same rows, and its
     variance, after adding one row for either side (Bonett and Price 2012): so the variance is not 0

@@ -23,6 +23,16 @@ def figure_class():
     return Figure
 
 
+def check_plots(folder):
+    """Raise UserError without matplotlib, or where `folder` cannot be made: before the work."""
+    figure_class()
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        problem = f'cannot be made a folder ({e.strerror})'
+        raise UserError(f'--plot {folder} {problem}: give the name of a folder') from None
+
+
 def whole_numbers(n=9):
     """At most so many ticks, at whole numbers."""
     from matplotlib.ticker import MaxNLocator
