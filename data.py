@@ -21,7 +21,7 @@ from lib import cli, demo, flags, oddities, published, tables
 from lib.files import UserError
 from lib.report import counted
 from lib.tables import GUESSED, Format
-from lib.tokens import tokenize, tokenizer
+from lib.tokens import piece_starts, tokenize, tokenizer
 
 WINDOW = 100  # batches sorted by length together: 2.4 % padding on SST-2 at 16 (50: 4.4, 25: 8.1)
 
@@ -207,18 +207,23 @@ def carve(split, rows, n, labels, rng, notes):
     return kept, rest
 
 
-def batches(lengths, batch_size, seed, epoch):
+def batches(lengths, batch_size, seed, epoch, tokens=None):
     """Length-bucketed batches of one epoch: list of index arrays.  Shuffles all rows, sorts windows
     of WINDOW batches by length, cuts them into batches, shuffles these.  A pure function; each row
     comes exactly once; only one batch may be smaller.
 
-    lengths: (n,) tokens per row as they will be fed (cut to --max_length before)"""
+    lengths: (n,) tokens per row as they will be fed (cut to --max_length before).  tokens: a batch
+    is batch_size pieces of as many rows as fit so many tokens, padding included; epochs can then
+    differ in their number of batches"""
     rng, lengths = np.random.RandomState([seed % 2**32, epoch]), np.asarray(lengths)
-    order, plan = rng.permutation(len(lengths)), []
-    for i in range(0, len(order), batch_size * WINDOW):
-        window = order[i : i + batch_size * WINDOW]
+    order, plan, size = rng.permutation(len(lengths)), [], batch_size * WINDOW
+    if tokens and len(order):
+        size = max(1, int(size * tokens / lengths.mean()))
+    for i in range(0, len(order), size):
+        window = order[i : i + size]
         window = window[np.argsort(lengths[window], kind='stable')]
-        plan += [window[j : j + batch_size] for j in range(0, len(window), batch_size)]
+        starts = range(len(window)) if not tokens else piece_starts(lengths[window], tokens)
+        plan += np.split(window, starts[batch_size::batch_size])
     return [plan[i] for i in rng.permutation(len(plan))]
 
 

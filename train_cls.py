@@ -24,7 +24,7 @@ from lib.base import build_model
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
 from lib.init import inherit, start_from
-from lib.interrupt import interrupted, interruptible
+from lib.interrupt import interrupted, interruptible, memory_advice
 from lib.metrics import metrics, run_metrics, selection, softmax
 from lib.predictions import write_predictions
 from lib.repeat import several_runs
@@ -183,7 +183,7 @@ def main(argv=None):
     net = feed.net if feed else net
 
     # --- loop ---
-    with training.memory_advice(args), interruptible() as interrupt:
+    with memory_advice(args), interruptible() as interrupt:
         if resumed and resumed['due']:
             best = evaluate(done, best)
         for step, rows in plan.steps(opt, interrupt, done):  # sets lr, seeds dropout

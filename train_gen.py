@@ -27,7 +27,7 @@ from lib import cli, device, files, flags, genflags, genrun, ranks, runs, summar
 from lib.classes import auc, calibrate
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
-from lib.interrupt import interrupted, interruptible
+from lib.interrupt import interrupted, interruptible, memory_advice
 from lib.metrics import metrics, run_metrics, selection, softmax
 from lib.predictions import write_predictions
 from lib.prompts import prompts_of
@@ -263,7 +263,7 @@ def train_phase(run, kind, label, number, saved):
         return best
 
     # --- loop ---
-    with training.memory_advice(args), interruptible() as interrupt:
+    with memory_advice(args), interruptible() as interrupt:
         if saved and saved['due']:
             best = evaluate(done, best)
         for step, rows in plan.steps(opt, interrupt, done):

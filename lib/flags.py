@@ -106,6 +106,10 @@ def optim_flags(p):
     add('--max_steps', text, positive, 800)
     add('--epochs', 'epochs over the training rows, instead of --max_steps', above_zero)
     add('--batch_size', 'rows per forward pass', positive, 16)
+    text = (
+        'as many rows per forward pass as fit N tokens, padding included, instead of --batch_size'
+    )
+    add('--batch_tokens', text, positive)
     add('--grad_accum', 'forward passes per step: batch_size x grad_accum rows', positive, 1)
     rates = ', '.join(f'{method} {rate:g}' for method, rate in LR.items())
     rates += f', --scratch {LR_SCRATCH:g}, LoRA on nano {LR_NANO["cls"]:g}, in train_gen.py '
@@ -166,6 +170,13 @@ def check_flags(args, given, needs):
             raise UserError(f'--{name} does nothing without {flag}')
     if {'max_steps', 'epochs'} <= given:
         raise UserError('--max_steps and --epochs both set the length of the run; give one of them')
+    if {'batch_size', 'batch_tokens'} <= given:
+        raise UserError('--batch_size and --batch_tokens both set the batch; give one of them')
+    if args.batch_tokens:
+        args.batch_size = None
+        if args.batch_tokens < args.max_length:
+            why = f'--max_length {args.max_length}: a text of that length would not fit'
+            raise UserError(f'--batch_tokens {args.batch_tokens} is less than {why}')
     if args.quick:
         args.max_samples = args.max_samples or 100
         args.epochs = args.epochs or (None if 'max_steps' in given else 1.0)

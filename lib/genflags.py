@@ -25,8 +25,9 @@ def needs(args):
     text = '--prefix or --posterior_steps: classes and pretraining have scores of their own'
     found['select'] = (text, args.prefix or args.posterior_steps)
     found['prior'] = ('classes', args.method != 'pretrain')
-    training_flags = 'max_steps epochs batch_size grad_accum lr weight_decay warmup schedule clip '
-    training_flags += 'trunk_dropout patience eval_every compile cuda_graphs gradient_checkpointing'
+    training_flags = 'max_steps epochs batch_size batch_tokens grad_accum lr weight_decay warmup '
+    training_flags += 'schedule clip trunk_dropout patience eval_every compile cuda_graphs '
+    training_flags += 'gradient_checkpointing'
     text = 'training, and --zero_shot has none'
     found.update(dict.fromkeys(training_flags.split(), (text, trains)))
     return found
@@ -86,3 +87,5 @@ def inherit(args, given):
     given.update(('data', 'model'))  # those of the run, not the defaults
     if 'max_steps' in given:
         args.epochs = None
+    if 'batch_size' in given:
+        args.batch_tokens = None

@@ -14,6 +14,7 @@ def check_graphs(args, device):
         raise UserError(f'--cuda_graphs needs a GPU, but this run is on {device}')
     others = {
         '--compile': args.compile,
+        '--batch_tokens': args.batch_tokens,  # each batch has a shape of its own
         '--gradient_checkpointing': args.gradient_checkpointing,
         'several processes': ranks.world_size() > 1,
     }

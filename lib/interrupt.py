@@ -1,12 +1,15 @@
-"""Ctrl-C and SIGTERM in a training run: the loop ends after its step, and the run can be resumed.
-Called by both train scripts."""
+"""What ends a training run early: Ctrl-C and SIGTERM, after which the loop ends its step and the
+run can be resumed, and out of memory. Called by both train scripts."""
 
 import contextlib
 import signal
 import sys
 import threading
 
+import torch
+
 from lib import cli, ranks
+from lib.files import UserError
 
 
 class Interrupted(KeyboardInterrupt):
@@ -65,3 +68,25 @@ def interrupted(script, out, step, max_steps):
     how = f'resume with: {cli.command(script, "--resume", "--out", out)}'
     print(f'\ninterrupted after step {step} of {max_steps}; {how}', file=sys.stderr)
     return 130
+
+
+@contextlib.contextmanager
+def memory_advice(args):
+    """Inside, out of memory is a UserError that names a batch size to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        no_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
+        if not no_memory and "can't allocate memory" not in str(e):
+            raise
+        smaller, tokens = 'a smaller --max_length', args.batch_tokens
+        if tokens and tokens // 2 >= args.max_length:
+            smaller = f'--batch_tokens {tokens // 2} --grad_accum {2 * args.grad_accum}'
+        elif not tokens and args.batch_size > 1:
+            smaller = f'--batch_size {args.batch_size // 2} --grad_accum {2 * args.grad_accum}'
+            smaller += '' if args.batch_size % 2 else ' (the same steps)'
+        again = '' if args.gradient_checkpointing or args.method == 'head' else ', or'
+        again += ' --gradient_checkpointing' if again else ''
+        where = f'--batch_tokens {tokens}' if tokens else f'--batch_size {args.batch_size}'
+        where += f' and --max_length {args.max_length}'
+        raise UserError(f'out of memory at {where}: try {smaller}{again}') from None

@@ -147,3 +147,13 @@ def read_cached(path, n, n_vocab):
         return Tokens(flat, starts) if valid else None
     except Exception:  # numpy raises many types for a damaged file
         return None
+
+
+def piece_starts(lengths, limit):
+    """Rows of ascending lengths (n,), cut into pieces of at most `limit` tokens, padding included;
+    a longer row is a piece of its own. -> first row of each piece"""
+    starts = [0]
+    for i, n in enumerate(lengths.tolist()):
+        if i > starts[-1] and (i + 1 - starts[-1]) * n > limit:
+            starts.append(i)
+    return starts

@@ -1,7 +1,7 @@
 """What surrounds the training loop: the plan of its steps, optimizer and clipping, the
 log. Called by both train scripts, which spell out the loop itself."""
 
-import contextlib
+import bisect
 import hashlib
 import json
 import math
@@ -19,27 +19,37 @@ from lib import files, ranks
 from lib.files import UserError
 from lib.progress import clock, columns, fitting
 from lib.report import counted
+from lib.tokens import piece_starts
 
 
 class Plan:
     """The steps of a run: which rows each takes, at what learning rate, and when to evaluate.
 
-    lengths (N,): tokens of every training text.  batches(lengths, step_rows, seed, epoch): the rows
-    of each step of an epoch (data.batches).  epochs: if given, instead of max_steps."""
+    lengths (N,): tokens of every training text.  batches(lengths, size, seed, epoch, tokens): the
+    rows of each step of an epoch (data.batches).  epochs: if given, instead of max_steps."""
 
     def __init__(self, args, lengths, batches, max_steps, epochs, lr):
+        if getattr(args, 'pool', '') == 'pad':  # all texts are padded to it
+            lengths = np.full_like(lengths, args.max_length)
         self.args, self.lengths, self.batches, self.lr = args, lengths, batches, lr
-        self.step_rows = args.batch_size * args.grad_accum
-        self.epoch_steps = math.ceil(len(lengths) / self.step_rows)
-        self.max_steps = math.ceil(epochs * self.epoch_steps) if epochs else max_steps
+        self.tokens, self.cached = args.batch_tokens, (None, [])  # epoch, rows of its steps
+        self.ends = [0]  # steps up to the end of each epoch that was looked at
+        self.epoch_steps = self.steps_of(0)
+        if not epochs:
+            self.max_steps = max_steps
+        elif self.tokens:  # their epochs differ in length
+            before = sum(map(self.steps_of, range(int(epochs))))
+            self.max_steps = before + math.ceil(epochs % 1 * self.steps_of(int(epochs)))
+        else:
+            self.max_steps = math.ceil(epochs * self.epoch_steps)
         self.eval_every = args.eval_every or max(1, math.ceil(self.max_steps / 4))
-        self.cached = (None, [])  # epoch, rows of its steps
 
     def __str__(self):
-        epochs = self.max_steps / self.epoch_steps
+        epochs, size = self.max_steps / self.epoch_steps, self.args.grad_accum
         epochs = f'{epochs:.2f}' if epochs < 1 else f'{epochs:.1f}'
-        steps, rows = counted(self.max_steps, 'step'), counted(self.step_rows, 'row')
-        return f'{steps} of {rows} = {epochs} epochs'
+        rows = f'at most {counted(self.tokens * size, "token")}' if self.tokens else ''
+        rows = rows or counted(self.args.batch_size * size, 'row')
+        return f'{counted(self.max_steps, "step")} of {rows} = {epochs} epochs'
 
     def hint(self, given):
         """The flag for a whole epoch, where the default of --max_steps is shorter. given: names of
@@ -47,19 +57,41 @@ class Plan:
         shorter = self.max_steps < self.epoch_steps and not given & {'max_steps', 'epochs'}
         return ' (--epochs 1 would read every row once)' if shorter else ''
 
+    def epoch(self, number):
+        """Rows of each step of an epoch; 0 is the first."""
+        if self.cached[0] != number:
+            args, size = (
+                self.args,
+                self.args.grad_accum * (1 if self.tokens else self.args.batch_size),
+            )
+            rows = self.batches(self.lengths, size, args.seed, number, self.tokens)
+            self.cached = number, rows
+        return self.cached[1]
+
+    def steps_of(self, epoch):
+        """Number of steps of an epoch."""
+        if self.tokens:
+            return len(self.epoch(epoch))
+        return math.ceil(len(self.lengths) / (self.args.batch_size * self.args.grad_accum))
+
     def rows(self, step):
         """Training rows of a step; 1 is the first."""
-        epoch, i = divmod(step - 1, self.epoch_steps)
-        if self.cached[0] != epoch:
-            rows = self.batches(self.lengths, self.step_rows, self.args.seed, epoch)
-            self.cached = epoch, rows
-        return self.cached[1][i]
+        while self.ends[-1] < step:
+            self.ends.append(self.ends[-1] + self.steps_of(len(self.ends) - 1))
+        epoch = bisect.bisect_left(self.ends, step) - 1
+        return self.epoch(epoch)[step - 1 - self.ends[epoch]]
 
     def parts(self, rows):
         """Rows of a step -> this rank's, in --grad_accum parts of like length, and the factor of
         their loss (ranks.rank_part)."""
-        own, factor = ranks.rank_part(rows[np.argsort(self.lengths[rows])])
+        rows = rows[np.argsort(self.lengths[rows])]
+        starts = piece_starts(self.lengths[rows], self.tokens) if self.tokens else [0]
+        shares = [ranks.rank_part(piece) for piece in np.split(rows, starts[1:])]
+        shares = [share for share in shares if share[1]] or shares[:1]
+        own, factor = shares[0]
         self.idle = not factor  # no row of this step is this rank's
+        if self.tokens:
+            return [rows for rows, _ in shares], factor
         return np.array_split(own, min(self.args.grad_accum, len(own))), factor
 
     def steps(self, opt, interrupt, done):
@@ -135,25 +167,6 @@ def wrap_blocks(model, args):
 
 
 # --- what can stop a run ---
-
-
-@contextlib.contextmanager
-def memory_advice(args):
-    """Inside, out of memory is a UserError that names a batch size to try."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as e:
-        no_memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
-        if not no_memory and "can't allocate memory" not in str(e):
-            raise
-        smaller = 'a smaller --max_length'
-        if args.batch_size > 1:
-            smaller = f'--batch_size {args.batch_size // 2} --grad_accum {2 * args.grad_accum}'
-            smaller += '' if args.batch_size % 2 else ' (the same steps)'
-        again = '' if args.gradient_checkpointing or args.method == 'head' else ', or'
-        again += ' --gradient_checkpointing' if again else ''
-        where = f'--batch_size {args.batch_size} and --max_length {args.max_length}'
-        raise UserError(f'out of memory at {where}: try {smaller}{again}') from None
 
 
 def check_finite(losses, step, plan, texts):

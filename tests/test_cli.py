@@ -92,6 +92,8 @@ def test_flags_that_make_no_sense():
         (['--lora', '--head'], 'not allowed with'),
         (['--n_layer', '2'], '--n_layer does nothing without --scratch'),
         (['--max-steps', '3', '--epochs', '1'], 'give one of them'),
+        (['--batch_size', '8', '--batch_tokens', '512'], 'give one of them'),
+        (['--batch_tokens', '100', *TINY], 'less than --max_length 128'),
         (['--lorra'], 'did you mean --lora'),
         (['--dropout', '1.5'], '--dropout'),
         (['--lr', 'nan'], '--lr'),

@@ -12,7 +12,7 @@ from lib.files import UserError, cached, read_json
 from lib.rundata import own_data
 from lib.runs import open_run
 from lib.tables import Format
-from lib.tokens import Tokens, tokenize, tokenizer
+from lib.tokens import Tokens, piece_starts, tokenize, tokenizer
 from tests.helpers import (
     TINY,
     environment,
@@ -269,6 +269,29 @@ def test_batches():
     assert abs(np.corrcoef(firsts, np.arange(len(firsts)))[0, 1]) < 0.5, 'short batches first'
     assert same(data.batches(lengths, 16, -3, 0), data.batches(lengths, 16, -3, 0))
     assert data.batches(lengths[:0], 16, 0, 0) == []
+
+
+def test_batches_of_tokens():
+    """--batch_tokens: every row once, no piece above the limit with its padding, none much smaller
+    on average; a batch is so many pieces of like length, and they are found again in it."""
+    lengths, limit = np.random.RandomState(0).randint(1, 100, 3003), 700
+    plan = data.batches(lengths, 1, 7, 0, limit)
+    assert sorted(np.concatenate(plan).tolist()) == list(range(3003))
+    padded = [len(b) * lengths[b].max() for b in plan]
+    assert max(padded) <= limit and np.mean(padded) > 0.85 * limit, padded
+    assert padding(lengths, plan) < 0.05
+    whole = data.batches(lengths, 3, 7, 0, limit)
+    assert sorted(np.concatenate(whole).tolist()) == list(range(3003))
+    for batch in whole:
+        n = np.sort(lengths[batch])
+        pieces = np.split(n, piece_starts(n, limit)[1:])
+        assert 1 <= len(pieces) <= 3 and all(len(p) * p[-1] <= limit for p in pieces)
+    assert sum(len(piece_starts(np.sort(lengths[b]), limit)) < 3 for b in whole) <= 3
+    again = data.batches(lengths.tolist(), 3, 7, 0, limit)
+    assert all(map(np.array_equal, whole, again)) and len(whole) == len(again)
+    assert not np.array_equal(whole[0], data.batches(lengths, 3, 7, 1, limit)[0])
+    assert data.batches(lengths[:0], 1, 0, 0, limit) == []
+    assert piece_starts(np.array([2, 9, 9]), 5) == [0, 1, 2]  # longer ones are alone
 
 
 def test_padding_on_sst2():

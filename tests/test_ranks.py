@@ -131,9 +131,10 @@ def test_distributed_classifier():
 
 
 def test_distributed_generative():
-    """2 processes give the run of one: classes one after another, then the posterior."""
-    flags = over_base(*'--device cpu --dropout 0 --batch_size 5 --max_steps 20'.split())
-    flags += '--posterior_steps 6 --log_every 1'.split()
+    """2 processes give the run of one: classes one after another, then the posterior, on
+    batches of tokens."""
+    flags = over_base(*'--device cpu --dropout 0 --batch_tokens 150 --max_steps 20'.split())
+    flags += '--posterior_steps 6 --log_every 1 --grad_accum 2'.split()
     one, _ = generate(*flags)
     out = os.path.join(tmp(), 'run')
     code, text, err = torchrun(2, 'train_gen.py', *flags, '--out', out)

@@ -13,18 +13,19 @@ import torch
 
 import data
 import lib.graphs
+import lib.ranks
 import lib.training
 import lora
 import train_cls
 import train_gen
 from lib.device import autocast, cpu_has_bf16, pick_device, place
-from lib.files import UserError
+from lib.files import UserError, read_json
 from lib.graphs import Graphs, check_graphs
 from lib.resume import load_resume
 from lib.runs import open_run
 from lib.scoring import class_logits
 from lib.tokens import tokenize, tokenizer
-from lib.training import clip_grad_norm_, lr_at, make_optimizer
+from lib.training import Plan, clip_grad_norm_, lr_at, make_optimizer
 from model import GPT
 from tests.helpers import (
     ALL,
@@ -45,6 +46,7 @@ from tests.helpers import (
     ragged,
     raises,
     records,
+    same_run,
     script,
     skip,
     stirred,
@@ -231,8 +233,9 @@ def test_a_device_that_is_not_there_is_refused_before_data_is_read():
 
 
 def test_graphs_are_refused():
-    for other in ('compile', 'gradient_checkpointing'):
+    for other in ('compile', 'gradient_checkpointing', 'batch_tokens'):
         flags = dict(cuda_graphs=True, compile=False, gradient_checkpointing=False)
+        flags['batch_tokens'] = None
         args = SimpleNamespace(**{**flags, other: True})
         raises(UserError, check_graphs, args, torch.device('cuda'), match=f'--{other}')
         args.cuda_graphs = False
@@ -278,6 +281,84 @@ def test_no_step_waits_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode('default')
     assert len(steps) > 50
+
+
+def plan_of(lengths, max_steps, epochs, **flags):
+    flags = {**dict(batch_tokens=300, grad_accum=1, seed=3, eval_every=None), **flags}
+    return Plan(SimpleNamespace(**flags), lengths, data.batches, max_steps, epochs, 1e-3)
+
+
+def test_steps_of_batches_of_tokens():
+    """--batch_tokens: --epochs N reads every row N times, in so many steps, whatever number of
+    steps each epoch has; any step can be asked for at any time."""
+    lengths = np.random.RandomState(1).randint(1, 60, 500)
+    for accum in (1, 3):
+        plan = plan_of(lengths, 0, 3.0, grad_accum=accum)
+        sizes = [len(data.batches(lengths, accum, 3, epoch, 300)) for epoch in range(3)]
+        assert plan.max_steps == sum(sizes) and plan.epoch_steps == sizes[0]
+        steps = [plan.rows(step) for step in range(1, plan.max_steps + 1)]
+        assert (np.bincount(np.concatenate(steps)) == 3).all()
+        late = plan_of(lengths, 0, 3.0, grad_accum=accum)  # of a run that is resumed
+        for step in (plan.max_steps, 2, plan.epoch_steps + 1):
+            assert np.array_equal(late.rows(step), steps[step - 1])
+        for rows in steps:
+            parts, factor = plan.parts(rows)
+            assert factor == 1 and not plan.idle and len(parts) <= accum
+            assert all(len(p) * lengths[p].max() <= 300 for p in parts)
+            assert sorted(np.concatenate(parts)) == sorted(rows)
+    assert len(set(map(len, steps))) > 3 and f'at most {900} tokens' in str(plan)
+    half = plan_of(lengths, 0, 1.5)
+    sizes = [len(data.batches(lengths, 1, 3, epoch, 300)) for epoch in range(2)]
+    assert half.max_steps == sizes[0] + math.ceil(sizes[1] / 2)
+    wide = plan_of(lengths, 7, None, pool='pad', max_length=60)  # each text takes 60
+    assert wide.max_steps == 7 and all(len(wide.rows(step)) <= 5 for step in range(1, 8))
+
+
+def test_ranks_share_batches_of_tokens():
+    """Each rank takes its part of every piece of a step; one without rows has one of factor 0."""
+    lengths = np.random.RandomState(1).randint(1, 60, 200)
+    plan = plan_of(lengths, 0, 1.0, grad_accum=2)
+    for step in range(1, plan.max_steps + 1):
+        rows, found, idle = plan.rows(step), [], 0
+        pieces = len(plan.parts(rows)[0])
+        with patched(lib.ranks, 'world_size', lambda: 3):
+            for i in range(3):
+                with patched(lib.ranks, 'rank', lambda i=i: i):
+                    parts, factor = plan.parts(rows)
+                    assert factor == (0.0 if plan.idle else 3.0) and 1 <= len(parts) <= pieces
+                    idle += plan.idle
+                    found += [] if plan.idle else [*np.concatenate(parts)]
+        assert sorted(found) == sorted(rows) and (idle == 0 or len(rows) < 6), (step, rows)
+
+
+def test_training_on_batches_of_tokens():
+    """Both scripts: a resumed run gives the weights of one that was never stopped, and run.json
+    keeps the flag; one batch of all rows is one batch, however it is named."""
+    steps = '--dtype fp32 --batch_tokens 1000 --grad_accum 2 --epochs 2 --eval_every 5'.split()
+    for main, flags in (
+        (train_cls.main, [*TINY, '--lora']),
+        (train_gen.main, over_base(*GEN['lora'], '--max_samples', '60')),
+    ):
+        outs = [os.path.join(tmp(), 'run') for _ in range(2)]
+        assert not script(main, [*flags, *steps, '--out', outs[0]])[0]
+        real, calls = data.collate, []
+
+        def interrupting(*a, real=real, calls=calls, **k):
+            calls.append(torch.is_grad_enabled())
+            if sum(calls) == 8:  # in the second half of step 4
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(*a, **k)
+
+        with patched(data, 'collate', interrupting):
+            assert script(main, [*flags, *steps, '--out', outs[1]])[0] == 130
+        assert not script(main, ['--resume', '--out', outs[1]])[0]
+        same_run(*outs[::-1])
+        args = read_json(os.path.join(outs[0], 'run.json'))['args']
+        assert (args['batch_tokens'], args['batch_size']) == (1000, None)
+    flags = [*TINY, '--full', *'--dtype fp32 --max_steps 3 --log_every 1'.split()]
+    flags += ['--max_samples', '20']
+    a, b = train(*flags, '--batch_tokens', '9999')[0], train(*flags, '--batch_size', '40')[0]
+    assert np.allclose(losses_of(a), losses_of(b), rtol=1e-6), (losses_of(a), losses_of(b))
 
 
 def test_not_finite_loss_stops():
@@ -344,6 +425,10 @@ def test_out_of_memory_names_a_batch_size():
         with patched(torch.Tensor, 'backward', full):
             said = raises(UserError, train_cls.main, flags, match=advice)
         assert ('the same steps' in said) == same, said
+    for tokens, advice in ((600, '--batch_tokens 300 --grad_accum 2'), (200, 'a smaller')):
+        flags = [*TINY, '--batch_tokens', str(tokens), '--out', os.path.join(tmp(), 'run')]
+        with patched(torch.Tensor, 'backward', full):
+            raises(UserError, train_cls.main, flags, match=advice)
 
 
 def test_out_of_memory_in_evaluation_takes_smaller_batches():
