@@ -140,8 +140,8 @@ class FrozenStates:
     """states(index (B,), width) -> (B, T, C) float32, T >= width, padded with zeros; or (B, C).
 
     They are in a file of the cache, in the compute precision ((B, C) in float32),
-    memory-mapped. The file is named after all that they depend on, so the next run over the
-    same finds it."""
+    memory-mapped; a GPU with room for them holds a copy. The file is named after all that they
+    depend on, so the next run over the same finds it."""
 
     def __init__(self, net, model, tokens, max_length, keep, device, dtype, fresh):
         lengths = np.minimum(tokens.lengths, max_length)
@@ -176,13 +176,29 @@ class FrozenStates:
             self.flat = torch.from_file(path, size=n * C, dtype=kind).view(n, C)
         except RuntimeError:
             raise UserError(f'{path} is gone: another run needed its room') from None
+        self.on_gpu = fits(device, size)
+        if self.on_gpu:
+            mapped = self.flat
+            self.flat = torch.zeros(n + 1, C, dtype=kind, device=device)  # the last row: pads
+            self.flat[:n].copy_(mapped)
 
     def __call__(self, index, width=0):
-        parts = [self.flat[i : i + n] for i, n in zip(self.starts[index], self.rows[index])]
+        starts, rows = self.starts[index], self.rows[index]
+        if self.on_gpu:  # only positions are copied
+            t = np.arange(max(width, rows.max()))
+            place = np.where(t < rows[:, None], starts[:, None] + t, len(self.flat) - 1)  # (B, T)
+            place = data.to_device(torch.from_numpy(place), self.device)
+            return self.flat[place[:, 0]] if self.pooled else self.flat[place].float()
+        parts = [self.flat[i : i + n] for i, n in zip(starts, rows)]
         if self.pooled:
             return data.to_device(torch.cat(parts), self.device)
         x = nn.utils.rnn.pad_sequence(parts, batch_first=True).float()
         return data.to_device(F.pad(x, (0, 0, 0, max(0, width - x.shape[1]))), self.device)
+
+
+def fits(device, size):
+    """Does a GPU hold so many bytes in half of its free memory? The rest is for the steps."""
+    return device.type == 'cuda' and 2 * size <= torch.cuda.mem_get_info(device)[0]
 
 
 def has_size(path, size):

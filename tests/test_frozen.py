@@ -1,6 +1,7 @@
 """lib/frozen.py: cached output of frozen blocks."""
 
 import os
+import unittest.mock
 from types import SimpleNamespace
 
 import numpy as np
@@ -75,6 +76,20 @@ def test_frozen_states_are_what_the_blocks_give():
                     with patched(type(feed.net), 'states_of', None):  # computing again would fail
                         again = frozen.Feed(model, depth, dict(train=tokens), how, False)
                         assert torch.equal(again.states['train'](index), states(index))
+                    with patched(frozen, 'fits', lambda device, size: True):  # those on a GPU
+                        again = frozen.Feed(model, depth, dict(train=tokens), how, False)
+                        assert again.states['train'].flat.shape[0] == states.flat.shape[0] + 1
+                        for width in (0, ids.shape[1] + 8):
+                            held = again.states['train'](index, width)
+                            assert torch.equal(held, states(index, width)), (method, width)
+
+
+def test_frozen_states_that_a_gpu_has_room_for():
+    """Half of the free memory, on a GPU alone."""
+    free = dict(mem_get_info=lambda device: (1000, 5000))
+    with unittest.mock.patch.multiple(torch.cuda, **free):
+        gpu = torch.device('cuda', 0)
+        assert frozen.fits(gpu, 500) and not frozen.fits(gpu, 501) and not frozen.fits(CPU, 1)
 
 
 def test_frozen_depth():
