@@ -31,7 +31,7 @@ SHAPES = {
     'gpt2-large': Config(36, 20, 1280),  # 774M
     'gpt2-xl': Config(48, 25, 1600),  # 1558M
     'distilgpt2': Config(6, 12, 768),  # 82M
-    'nano': Config(4, 4, 128, 256, 257),  # 0.9M, bytes: trained here for the demo (lib/demo.py)
+    'nano': Config(4, 4, 128, 256, 257),  # 0.9M, bytes: of the demo (lib/nano)
 }
 PIECE = 512  # positions whose next-token logits are held at a time: 103 MB of float32
 

@@ -24,9 +24,9 @@ SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
 
 def model_folder(where, data_dir=None):
     """The folder of a model: `where` itself, that of a published name (downloaded if needed), or of
-    'nano' (trained if needed)."""
+    the demo's 'nano'."""
     if where == 'nano':
-        return demo.nano_folder()
+        return demo.NANO
     if os.path.isdir(where):
         return where
     where = download.SHORT.get(where, where)

@@ -1,28 +1,25 @@
 """The demo: synthetic reviews that data.py offers without a network, and `nano`, a small language
-model of them, which lib/checkpoints.py loads.
+model of them in lib/nano, which lib/checkpoints.py loads. `python -m lib.demo` trains nano again, a
+quarter of an hour on one core.
 
 A clause is good or bad by its adjective unless a negation turns it around; if two clauses disagree,
 the main one decides. Words after the bar never appear in the labelled train split. The unlabelled
 text has them next to words that give them away ("warm and radiant"), so only a model that has read
 it can know them."""
 
-import atexit
-import functools
+import hashlib
 import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 
-from lib import files
-from lib.files import UserError
+from lib import files, tensors
 
-VERSION = 1  # raise it when words or grammar change: a cached `nano` has learned the old ones
-NANO_STEPS = 1600  # of its training; a minute or more on two cores
-NANO_FLAGS = '--pretrain --data demo --model nano --scratch --batch_size 16 --lr 3e-3'
-NANO_FLAGS += ' --schedule cosine --seed 0 --log_every 400'
+NANO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'nano')
+NANO_FLAGS = '--pretrain --data demo --model nano --scratch --dtype fp32 --batch_size 16 --lr 3e-3'
+NANO_FLAGS += ' --schedule cosine --max_steps 6400 --eval_every 6400 --log_every 400 --seed 0'
 THINGS = 'song plot cast ending garden hotel script museum market voyage dinner lecture hall '
 THINGS += 'painting journey staff menu dance poem campsite beach tower ferry concert'
 PEOPLE = (
@@ -115,64 +112,35 @@ def unlabelled(n=20000):
     return [sentence(rng, rng.random() < 0.5, NEW_UNLABELLED) for _ in range(n)]
 
 
-@functools.lru_cache(None)
-def passing_folder():
-    """A folder for what the cache cannot keep: removed when this process ends."""
-    folder = tempfile.mkdtemp(prefix='nanocls-')
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def make_nano(folder=NANO):
+    """Train nano and write it to a folder."""
+    top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    with tempfile.TemporaryDirectory() as run:
+        command = [sys.executable, 'train_gen.py', *NANO_FLAGS.split(), '--out', run]
+        subprocess.run(command, cwd=top, check=True)
+        pack_nano(run, folder)
 
 
-def nano_folder():
-    """The folder of `nano`: trained with train_gen.py --pretrain the first time it is needed, then
-    kept in the cache, or for this process alone if the cache cannot be written."""
-    name = f'nano-{VERSION}'
-    folder = files.cached(os.path.join('models', name))
-    if os.path.isdir(folder):
-        return folder
-    with files.optional():
-        return train_nano(folder)
-    folder = os.path.join(passing_folder(), name)
-    if os.path.isdir(folder):
-        return folder
-    return train_nano(folder, 'for this run alone', NANOCLS_CACHE=passing_folder())
+def pack_nano(run, folder):
+    """From a run that trained it: weights in float16, which halves the file, config.json, and
+    made.json, which says how it was made."""
+    files.make_folder(folder)
+    weights = tensors.load_safetensors(os.path.join(run, 'model.safetensors'))
+    path = os.path.join(folder, 'model.safetensors')
+    tensors.save_safetensors(path, {name: t.half() for name, t in weights.items()})
+    config = files.read_json(os.path.join(run, 'config.json'))
+    files.write_json(os.path.join(folder, 'config.json'), config)
+    log = os.path.join(run, 'log.jsonl')
+    rows = map(files.parse_json, files.decode(files.read_bytes(log), log).splitlines())
+    losses = [{k: r[k] for k in ('step', 'loss', 'val_loss') if k in r} for r in rows]
+    made = dict(command=f'python train_gen.py {NANO_FLAGS}', texts=texts_sha256(), losses=losses)
+    files.write_json(os.path.join(folder, 'made.json'), made)
 
 
-def train_nano(folder, kept=None, **variables):
-    """In a process of its own, so that the caller keeps its seed and its state. -> folder"""
-    parent = os.path.dirname(folder)
-    files.make_folder(parent)
-    try:
-        temp = tempfile.TemporaryDirectory(dir=parent)
-    except OSError as e:
-        raise files.cannot_write(parent, e) from None
-    kept = kept or f'kept in {folder}'
-    print(f"nano: training the demo's language model once ({kept})", flush=True)
-    with temp:
-        made = os.path.join(temp.name, 'nano')
-        top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-        command = [sys.executable, os.path.join(top, 'train_gen.py'), *NANO_FLAGS.split()]
-        steps = str(NANO_STEPS)
-        command += ['--max_steps', steps, '--eval_every', steps, '--out', made]
-        torchrun = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR')  # it is not one of the ranks
-        env = {name: value for name, value in os.environ.items() if name not in torchrun}
-        env.update(variables)
-        # in a session of its own: Ctrl-C is for this process, which ends that one
-        options = dict(stdout=subprocess.PIPE, text=True, env=env, start_new_session=True)
-        with subprocess.Popen(command, **options) as p:
-            try:
-                for line in p.stdout:
-                    if line.startswith('step'):
-                        print(f'nano: {line}', end='', flush=True)
-            except BaseException:
-                p.kill()
-                raise
-        if p.returncode:
-            why = 'could not be trained; the lines above say why'
-            raise UserError(f"nano, the demo's language model, {why}")
-        try:
-            os.rename(made, folder)
-        except OSError:  # another process was faster
-            if not os.path.isdir(folder):
-                raise
-    return folder
+def texts_sha256():
+    """Of what nano has read."""
+    return hashlib.sha256('\n'.join(unlabelled()).encode()).hexdigest()
+
+
+if __name__ == '__main__':
+    make_nano(*sys.argv[1:2])

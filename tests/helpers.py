@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 
 import eval as evaluation  # not `eval`, which is Python's own
-import lib.demo
 import lora
 import train_cls
 import train_gen
@@ -45,13 +44,8 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where the s
 ROOT = tempfile.mkdtemp(prefix='nanocls-test-', dir=os.environ.get('NANOCLS_TEST_ROOT'))
 atexit.register(shutil.rmtree, ROOT, ignore_errors=True)
 os.environ['NANOCLS_CACHE'] = os.path.join(ROOT, 'cache')  # never the user's own
-if 'NANOCLS_TEST_ROOT' in os.environ:  # the demo's model is trained once for all workers
-    os.makedirs(os.path.join(ROOT, 'cache'))
-    os.makedirs(os.path.join(os.environ['NANOCLS_TEST_ROOT'], 'models'), exist_ok=True)
-    os.symlink(os.path.join('..', '..', 'models'), os.path.join(ROOT, 'cache', 'models'))
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # transformers must not ask the network either
 torch.set_num_threads(1)  # two threads that wait for each other are slower on matrices this small
-lib.demo.NANO_STEPS = 800  # half of what users get: enough to see that it learns
 os.fsync = lambda descriptor: None  # no test cuts the power, and a busy disk makes it slow
 gc.collect(), gc.freeze()  # so that collections do not go through all that was imported
 CPU = torch.device('cpu')

@@ -1,14 +1,11 @@
 """lib/demo.py: the built-in data set and its model."""
 
-import builtins
-import contextlib
+import functools
+import glob
 import hashlib
-import io
 import os
 import re
-import shutil
 import subprocess
-import sys
 
 import numpy as np
 import torch
@@ -20,10 +17,11 @@ import lib.files
 import predict
 import train_cls
 import train_gen
-from lib.checkpoints import model_folder
-from lib.demo import nano_folder
-from lib.files import Unavailable, UserError, read_json
+from lib.files import Unavailable, read_json
 from lib.runfolder import read_run
+from lib.scoring import text_logprobs
+from lib.tokens import tokenize, tokenizer
+from model import GPT
 from tests.helpers import (
     environment,
     fresh_cache,
@@ -34,7 +32,6 @@ from tests.helpers import (
     script,
     tmp,
     train,
-    tree,
     write,
 )
 from tests.test_data import check_dataset
@@ -142,103 +139,54 @@ def test_demo_bag_of_words():
 
 
 def test_demo_learns():
-    """The language model `nano` with LoRA on top of it, both in fewer steps than the default; the
-    README has the full run."""
+    """LoRA on top of `nano` in half of the default steps; the README has the full run."""
     out, _ = train('--data', 'demo', *'--max_steps 400 --eval_every 400 --log_every 200'.split())
     accuracy = read_json(os.path.join(out, 'eval_results.json'))['accuracy']
     assert accuracy > 0.9, accuracy
 
 
-class FakeTraining:
-    """subprocess.Popen of nano_folder: makes a folder instead of training for a minute."""
-
-    code, also, commands = 0, (), []
-
-    def __init__(self, command, **kw):
-        self.returncode, self.stdout = self.code, ['step 400/1600  loss 1\n', 'something else\n']
-        self.commands.append(command)
-        for folder in [command[-1]] * (self.code == 0) + list(self.also):
-            shutil.copytree(pretrained(), folder)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *a):
-        pass
-
-
-def test_gen_nano_is_made_once():
-    model = pretrained()
-    with (
-        fresh_cache() as cache,
-        patched(subprocess, 'Popen', FakeTraining),
-        patched(FakeTraining, 'commands', []),
-    ):
-        folder = os.path.join(cache, 'models', f'nano-{lib.demo.VERSION}')
-        code, text, _ = script(lambda argv: print(nano_folder()), [])
-        assert text.splitlines()[-1] == folder and text.count('nano: step 400/1600') == 1
-        assert 'something else' not in text
-        (command,) = FakeTraining.commands
-        assert command[0] == sys.executable and os.path.basename(command[1]) == 'train_gen.py'
-        assert os.path.isfile(command[1])
-        args, given, _ = train_gen.parse(command[2:])
-        assert (args.method, args.data, args.model, args.scratch) == (
-            'pretrain',
-            'demo',
-            'nano',
-            True,
-        )
-        assert args.max_steps == args.eval_every
-        assert model_folder('nano') == folder and len(FakeTraining.commands) == 1  # kept
-        assert tree(folder) == tree(model)
-        assert os.listdir(os.path.dirname(folder)) == [os.path.basename(folder)]
-        shutil.rmtree(os.path.join(cache, 'models'))
-        with patched(FakeTraining, 'code', 2):
-            raises(UserError, nano_folder)
-        assert os.listdir(os.path.join(cache, 'models')) == []  # nothing half made
-        with (
-            patched(FakeTraining, 'also', [folder]),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):  # another process was faster
-            assert nano_folder() == folder and tree(folder) == tree(model)
-        assert os.listdir(os.path.dirname(folder)) == [os.path.basename(folder)]
+def test_nano_is_what_its_command_makes():
+    """lib/nano was made by the present flags on the present sentences, and its loss is the one that
+    training had at the end. `python -m lib.demo FOLDER` trains it again."""
+    made = read_json(os.path.join(lib.demo.NANO, 'made.json'))
+    assert made['command'] == f'python train_gen.py {lib.demo.NANO_FLAGS}'
+    assert made['texts'] == lib.demo.texts_sha256(), 'the sentences changed: python -m lib.demo'
+    steps = [row['step'] for row in made['losses']]
+    args, _, _ = train_gen.parse(lib.demo.NANO_FLAGS.split())
+    assert args.dtype == 'fp32' and steps[-1] == args.max_steps, (args.dtype, steps)
+    enc, (_, val, _) = tokenizer('bytes'), data.load_texts('demo')
+    tokens, model = tokenize(enc, val), GPT.from_pretrained('nano').eval()
+    logp = text_logprobs(model, tokens, 128, 'first', torch.device('cpu'), torch.float32)
+    loss = -logp.sum() / (tokens.lengths + 1).sum()  # nats per token, the end included
+    told = made['losses'][-1]['val_loss']
+    assert abs(loss - told) < 1e-3 * told, (loss, told)
+    sizes = [os.path.getsize(path) for path in glob.glob(os.path.join(lib.demo.NANO, '*'))]
+    assert sum(sizes) < 2_000_000, sizes
 
 
-def test_ctrl_c_while_nano_trains():
-    """Ends the process that trains and removes its folder, which nothing has named."""
-    name, seen = os.path.join(tmp(), 'pid'), []
-    trainer = write('trainer', f'#!/bin/sh\necho $$ > {name}\necho step 1\nexec sleep 60\n')
-    os.chmod(trainer, 0o755)
-
-    def strike(line, **kw):
-        if line.startswith('nano: step'):
-            with open(name, encoding='utf-8') as f:
-                seen.append(int(f.read()))
-            assert os.getsid(seen[0]) != os.getsid(0)  # the terminal does not interrupt it as well
-            raise KeyboardInterrupt
-
-    with fresh_cache() as cache, patched(sys, 'executable', trainer):
-        with patched(builtins, 'print', strike):
-            raises(KeyboardInterrupt, nano_folder)
-        assert os.listdir(os.path.join(cache, 'models')) == []
-    raises(ProcessLookupError, os.kill, seen[0], 0)
+def test_nano_can_be_made_again():
+    """The command, with fewer steps: what it writes is what nano loads."""
+    flags = '--pretrain --data demo --model nano --scratch --max_samples 40 --max_steps 2'
+    folder = os.path.join(tmp(), 'nano')
+    silent = functools.partial(subprocess.run, capture_output=True)
+    with patched(lib.demo, 'NANO_FLAGS', flags), patched(subprocess, 'run', silent):
+        lib.demo.make_nano(folder)
+    made = read_json(os.path.join(folder, 'made.json'))
+    assert made['command'].endswith(flags) and 'val_loss' in made['losses'][-1]
+    fresh, shipped = (GPT.from_pretrained(where) for where in (folder, 'nano'))
+    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (fresh, shipped)]
+    assert shapes[0] == shapes[1]
 
 
 def test_cache_that_cannot_be_written():
-    """One note for all of it; nano is trained for this process alone, and kept nowhere."""
+    """One note for all of it."""
     lib.files.say_once.cache_clear()
-    lib.demo.passing_folder.cache_clear()
-    with (
-        environment(NANOCLS_CACHE=os.path.join(write('file', ''), 'cache')),
-        patched(subprocess, 'Popen', FakeTraining),
-        patched(FakeTraining, 'commands', []),
-    ):
+    with environment(NANOCLS_CACHE=os.path.join(write('file', ''), 'cache')):
         flags = '--data demo --max_samples 20 --head --epochs 2 --batch_size 20 --max_length 9'
         out = os.path.join(tmp(), 'run')
         code, text, err = script(train_cls.main, [*flags.split(), '--out', out])
         assert not code and err.count('note: the cache ') == 1 and 'cannot be written' in err, err
-        assert 'for this run alone' in text and 'not used: cannot write' in text, text
-        assert len(FakeTraining.commands) == 1
+        assert 'not used: cannot write' in text, text
         code, _, err = script(predict.main, [out, 'a text'])
         assert not code and not err, err
 
@@ -253,7 +201,7 @@ def test_gen_fallback_to_the_demo():
     with (
         fresh_cache(),
         patched(lib.download, 'download', unavailable),
-        patched(lib.demo, 'nano_folder', pretrained),
+        patched(lib.demo, 'NANO', pretrained()),
         nothing,
     ):
         for argv in (
