@@ -1,0 +1,162 @@
+"""docs/recipes.md: each edit, applied to a copy of the project, changes what it should."""
+
+import functools
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
+import traceback
+
+from lib.files import read_json
+from tests.helpers import TOP, skip, tmp, topics
+
+SHAPE = '--model nano --scratch --n_layer 2 --n_head 2 --n_embd 32 --dtype fp32 --seed 1'.split()
+STEPS = '--max_steps 6 --batch_size 8 --lr 1e-2 --log_every 1 --eval_every 6'.split()
+# recipe: (script, its flags, is the first loss that of the plain code?, class that speed_up leaves)
+RUNS = {
+    'The loss: label smoothing': ('train_cls', ['--full'], False, None),
+    'The loss: focal': ('train_cls', ['--full'], False, None),
+    'The block: attention and MLP side by side': ('train_cls', ['--full'], False, 'Block'),
+    'The MLP: squared ReLU': ('train_cls', ['--full'], False, 'Block'),
+    'The attention: no causal mask within the text': ('train_cls', ['--full'], False, 'Block'),
+    'The head: two layers': ('train_cls', ['--lora'], False, None),
+    'The pooling: the largest of each feature': ('train_cls', ['--lora'], False, 'GPT.classify'),
+    'The LoRA formula: a learned scale per output': ('train_cls', ['--lora'], True, 'LoRA'),
+    'The LoRA formula: scale alpha / sqrt(r)': ('train_cls', ['--lora'], True, None),
+    'The generative loss: the mean over texts instead of tokens': (
+        'train_gen',
+        ['--full'],
+        False,
+        None,
+    ),
+    'The data: a reader of your own': ('train_cls', ['--full', '--data', 'mine'], False, None),
+}
+
+
+@functools.lru_cache(None)
+def recipes():
+    """{title: [(file, old lines, new lines)]} of docs/recipes.md"""
+    with open(os.path.join(TOP, 'docs', 'recipes.md'), encoding='utf-8') as f:
+        sections = re.split('^## ', f.read(), flags=re.M)[1:]
+    found = {}
+    for section in sections:
+        title, body = section.split('\n', 1)
+        edits = found[title] = []
+        for part in re.search('```diff\n(.*?)```', body, re.S)[1].split('--- ')[1:]:
+            file, *lines = part.rstrip('\n').split('\n')
+            old, new = (
+                ''.join(f'{line[1:]}\n' for line in lines if line[:1] in kinds or not line)
+                for kinds in ('- ', '+ ')
+            )
+            edits.append((file, old, new))
+    return found
+
+
+def copy_of(edits):
+    """-> a folder with the edited project"""
+    folder = tmp()
+    for name in os.listdir(TOP):
+        if name.endswith('.py'):
+            shutil.copy(os.path.join(TOP, name), folder)
+    shutil.copytree(
+        os.path.join(TOP, 'lib'),
+        os.path.join(folder, 'lib'),
+        ignore=shutil.ignore_patterns('__pycache__'),
+    )
+    for file, old, new in edits:
+        path = os.path.join(folder, file)
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+        assert text.count(old) == 1, f'{file} has {text.count(old)} times:\n{old}'
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(text.replace(old, new))
+    return folder
+
+
+def run_copy(folder, script, argv):
+    """main(argv) of a script in a copy, in a forked process that has imported torch already.
+    -> losses of its steps, results of its test, what it printed"""
+    out, printed = os.path.join(folder, 'runs', 'trial'), os.path.join(folder, 'printed')
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            for name, module in list(sys.modules.items()):
+                if (getattr(module, '__file__', None) or '').startswith(TOP + os.sep):
+                    del sys.modules[name]
+            sys.path[:] = [folder, *(p for p in sys.path if os.path.abspath(p) != TOP)]
+            os.chdir(folder)
+            with open(printed, 'w', encoding='utf-8') as f:
+                sys.stdout = sys.stderr = f
+                importlib.import_module(script).main([*argv, '--out', out])
+            code = 0
+        except BaseException:
+            with open(printed, 'a', encoding='utf-8') as f:
+                traceback.print_exc(file=f)
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(pid, 0)
+    with open(printed, encoding='utf-8') as f:
+        text = f.read()
+    assert status == 0, text[-3000:]
+    with open(os.path.join(out, 'log.jsonl'), encoding='utf-8') as f:
+        losses = [row['loss'] for row in map(json.loads, f) if 'loss' in row]
+    return losses, read_json(os.path.join(out, 'eval_results.json')), text
+
+
+@functools.lru_cache(None)
+def rows():
+    return topics(sizes=(60, 60, 60))
+
+
+def flags_of(title):
+    _, flags, _, _ = RUNS[title]
+    return [*([] if '--data' in flags else ['--data', rows()]), *SHAPE, *STEPS, *flags]
+
+
+@functools.lru_cache(None)
+def plain(script, flags):
+    return run_copy(copy_of([]), script, flags)
+
+
+def check(title):
+    """The edit changes the losses, or the data; and the run is trained, saved, opened, tested."""
+    script, _, same_start, slower = RUNS[title]
+    argv = flags_of(title)
+    losses, results, text = run_copy(copy_of(recipes()[title]), script, argv)
+    left = re.search('note: (.*) as in model.py and lora.py', text)
+    assert (slower in left[1].split(', ')) if slower else not left, (title, left and left[1])
+    if 'mine' in argv:
+        assert results['n'] == 20 and '1' in results['per_class'], results
+        return
+    before = plain(script, tuple(argv))[0]
+    assert len(losses) == len(before), (losses, before)
+    assert (abs(losses[0] - before[0]) < 1e-6) == same_start, (title, losses[0], before[0])
+    assert abs(losses[-1] - before[-1]) > 1e-5, (title, losses, before)
+
+
+def test_recipes_of_losses_and_data():
+    if not hasattr(os, 'fork'):
+        skip('this system has no fork()')
+    for title in [t for t in RUNS if 'loss' in t or 'data' in t]:
+        check(title)
+
+
+def test_recipes_of_the_model():
+    if not hasattr(os, 'fork'):
+        skip('this system has no fork()')
+    for title in [t for t in RUNS if re.match('The (block|MLP|attention|head|pooling)', t)]:
+        check(title)
+
+
+def test_recipes_of_lora():
+    if not hasattr(os, 'fork'):
+        skip('this system has no fork()')
+    for title in [t for t in RUNS if 'LoRA' in t]:
+        check(title)
+
+
+def test_every_recipe_is_tried():
+    assert list(recipes()) == list(RUNS)
