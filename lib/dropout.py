@@ -20,12 +20,15 @@ def dropped(n, p, rng=None):
     uniform."""
     rng, parts, last = rng or generator(), [], -1
     while last < n:  # nearly always once
-        u = rng.random(int(n * p + 6 * math.sqrt(n * p)) + 16, np.float32)
-        gaps = (np.log(1 - u) * (1 / math.log1p(-p))).astype(np.int64) + 1  # 1 - u: u can be 0
-        parts.append(last + np.cumsum(gaps))
-        last = parts[-1][-1]
-    positions = np.concatenate(parts) if len(parts) > 1 else parts[0]
-    return torch.from_numpy(positions[: np.searchsorted(positions, n)])
+        size = int(n * p + 6 * math.sqrt(n * p)) + 16
+        bits = rng.bit_generator.random_raw((size + 1) // 2).view(np.uint32)
+        u = torch.from_numpy(bits.astype(np.float32)).add_(0.5).mul_(2.0**-32)  # never 0
+        gaps = u.log_().mul_(1 / math.log1p(-p)).long().add_(1)
+        gaps[0] += last
+        parts.append(gaps.cumsum(0))
+        last = int(parts[-1][-1])
+    positions = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return positions[: int(torch.searchsorted(positions, n))]
 
 
 class Dropout(torch.autograd.Function):

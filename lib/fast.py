@@ -13,7 +13,7 @@ from types import MethodType
 
 from lib import ranks, selfcheck
 from lib.blocks import FastBlock, make_block, make_layer
-from lib.packed import Packed, Unpacked
+from lib.matrices import packing
 from lib.rows import TrainedRows
 from lib.vocabulary import FastVocabulary
 from lora import LoRA
@@ -26,8 +26,8 @@ def speed_up(model, device, dtype, token_ids=None, pack=True):
     token_ids: ids of all the texts to train on; if wte trains, only their rows of it are trained
     (lib/rows.py).  pack: False leaves the blocks plain, for torch.compile.  Frozen weights must not
     be changed afterwards."""
-    matrix = Packed if pack and Packed.possible(device, dtype) else None
-    formula = Unpacked if matrix else None  # in whose place the formulas are checked
+    matrix = packing(device, dtype) if pack else None
+    formula = matrix and matrix.formula  # in whose place the formulas are checked
     edited = {}  # {name of plain code that stays in place: how it differs}
     checked = {}
     for block in model.h if pack else ():
@@ -48,7 +48,7 @@ def speed_up(model, device, dtype, token_ids=None, pack=True):
             read_last(model)
     if same('GPT.next_logprobs', selfcheck.check_vocabulary(model, FastVocabulary)):
         packs = matrix and not model.wte.weight.requires_grad
-        model.next_logprobs = FastVocabulary(model, Packed if packs else None)
+        model.next_logprobs = FastVocabulary(model, matrix if packs else None)
     if token_ids is not None and model.wte.weight.requires_grad:
         if same('GPT.embed', selfcheck.check_rows(model, TrainedRows)):
             TrainedRows(model.wte, token_ids)
@@ -69,7 +69,7 @@ def install(module, make, matrix, checked, edited):
     kind = [(name, type(m)) for name, m in module.named_modules()]
     kind = repr((kind, [(n, p.shape, p.requires_grad) for n, p in module.named_parameters()]))
     if kind not in checked:
-        checked[kind] = selfcheck.check_module(module, make, Unpacked if matrix else None)
+        checked[kind] = selfcheck.check_module(module, make, matrix and matrix.formula)
     if checked[kind]:
         edited[type(module).__name__] = checked[kind]
         return False
@@ -79,7 +79,7 @@ def install(module, make, matrix, checked, edited):
 
 def folds(device, dtype):
     """Does speed_up add LoRA to the weights as it packs them? Then they need not be merged."""
-    return Packed.possible(device, dtype)
+    return packing(device, dtype) is not None
 
 
 def keep_freed_memory():

@@ -1,5 +1,5 @@
-"""Kernels for frozen matrices on a CPU: oneDNN's packed products in bfloat16, GELU, and
-LoRA on top of them, each with a hand-written backward. lib/fast.py puts them into a model."""
+"""Layers on packed matrices (lib/matrices.py): Conv1D, GELU and LoRA, each with a hand-written
+backward. lib/fast.py puts them into a model."""
 
 import functools
 
@@ -7,89 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import dropout
-from lib.device import cpu_has_bf16
 from lib.tensors import give_back
-
-
-class Packed:
-    """A frozen matrix W (in, out) with bias (out,) or None, in bfloat16 and in the blocks that
-    oneDNN's kernels read, as torch.compile packs the weights of an inference graph; with row-major
-    weights every call repacks them, 20 % of its time."""
-
-    dtype = torch.bfloat16
-
-    def __init__(self, W, bias=None, backward=True):
-        """backward: keep W, to pack it for gradient() as well when one is asked for."""
-        self.W = W if backward else None
-        self.bias = None if bias is None else bias.detach().to(self.dtype)
-        self.blocks, self.backward_blocks = self.pack(W.t()), None
-        give_back(W)
-
-    @staticmethod
-    def possible(device, dtype):
-        """Can this torch pack, and does it pay on this processor?"""
-        ops = ('_reorder_linear_weight', '_linear_pointwise')
-        return (
-            device.type == 'cpu'
-            and dtype == torch.bfloat16
-            and torch.backends.mkldnn.is_available()
-            and cpu_has_bf16()
-            and all(hasattr(torch.ops.mkldnn, op) for op in ops)
-        )
-
-    @staticmethod
-    def pack(W):  # (out, in) -> opaque
-        return torch.ops.mkldnn._reorder_linear_weight(W.detach().to(torch.bfloat16).contiguous())
-
-    def product(self, x, gelu=False):
-        """x (..., in) -> x W + b (..., out); gelu: GELU of it, applied before it is rounded."""
-        post = ('gelu', [], 'tanh') if gelu else ('none', [], '')
-        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, *post)
-
-    def gradient(self, g):
-        """Gradient of the product (..., out) -> of x (..., in)."""
-        if self.backward_blocks is None:
-            self.backward_blocks = self.pack(self.W)
-            give_back(self.W)
-        return torch.ops.mkldnn._linear_pointwise(g, self.backward_blocks, None, 'none', [], '')
-
-    @classmethod
-    def gelu(cls, x):
-        """GELU (tanh form) by oneDNN, three times as fast as torch's; torch reaches it only after a
-        product, here one with the identity."""
-        if x.shape[-1] % 16:
-            return F.gelu(x, approximate='tanh')
-        post = ('gelu', [], 'tanh')
-        y = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, 16), identity(), None, *post)
-        return y.view(x.shape)
-
-
-@functools.lru_cache(None)
-def identity():
-    return Packed.pack(torch.eye(16))
-
-
-class Unpacked:
-    """The same by plain products in float64: the formulas are checked with it on any CPU."""
-
-    dtype = torch.float64
-
-    def __init__(self, W, bias=None, backward=True):
-        self.W, self.bias = W.detach().to(self.dtype), bias
-        if bias is not None:
-            self.bias = bias.detach().to(self.dtype)
-
-    def product(self, x, gelu=False):
-        y = F.linear(x, self.W.t(), self.bias)
-        return F.gelu(y, approximate='tanh') if gelu else y
-
-    def gradient(self, g):
-        return g @ self.W.t()
-
-    @staticmethod
-    def gelu(x):
-        return F.gelu(x, approximate='tanh')
-
 
 # --- one node of autograd ---
 
@@ -137,11 +55,15 @@ class GELU:
         self.matrix = matrix
 
     def taped(self, x, tape):
-        tape.append(x)
-        return self.matrix.gelu(x)
+        y, kept = self.matrix.gelu_slope(x) if self.matrix.slope else (self.matrix.gelu(x), x)
+        tape.append(kept)
+        return y
 
     def vjp(self, g, tape, need):
-        return (torch.ops.aten.gelu_backward(g, *tape.take(1), approximate='tanh'),)
+        kept = tape.take(1)[0]
+        if self.matrix.slope:
+            return (g * kept,)
+        return (torch.ops.aten.gelu_backward(g, kept, approximate='tanh'),)
 
 
 # --- layers: callables that take the place of a module's forward ---
@@ -253,10 +175,13 @@ class FastLoRA:
         # contiguous: else it is copied twice
         dB = (a.mT @ rows).mT.to(wide(g.dtype), memory_format=torch.contiguous_format)
         if need:
-            dx, update = self.base.packed.gradient(rows), da @ A
+            dx = self.base.packed.gradient(rows)
+            flat = dx.view(-1)  # what was dropped gets nothing from the update
+            without = None if positions is None else flat.take(positions)
+            dx = dx.addmm_(da, A) if dx.dim() == 2 else dx.baddbmm_(da, A)
             if positions is not None:
-                update = update.view(-1).index_fill_(0, positions, 0).view(kept.shape)
-            dx = dx.add_(update).view(*g.shape[:-1], -1)
+                flat.put_(positions, without)
+            dx = dx.view(*g.shape[:-1], -1)
         return dx, dA, dB
 
 

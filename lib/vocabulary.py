@@ -3,7 +3,7 @@ lib/fast.py puts FastVocabulary into a model."""
 
 import torch
 
-from lib.packed import Packed
+from lib.matrices import Packed
 
 SPARE = 8  # columns of the packed product besides the model's: the shift's, and zeros for alignment
 ROWS, COLUMNS = 512, 4096  # positions and tokens whose logits are held at a time: 8 MB of float32

@@ -22,7 +22,8 @@ import train_cls
 import train_gen
 from lib.device import autocast
 from lib.files import UserError, read_json, write_json
-from lib.packed import FastConv1D, FastLoRA, Unpacked
+from lib.matrices import Unpacked
+from lib.packed import FastConv1D, FastLoRA
 from lib.runs import open_run
 from lib.vocabulary import FastVocabulary
 from model import SHAPES, Config
@@ -255,8 +256,7 @@ def test_predict_gives_labels_and_probabilities():
 class Everywhere(Unpacked):
     """Packs on every CPU, in bfloat16."""
 
-    dtype = torch.bfloat16
-    possible = staticmethod(lambda device, dtype: True)
+    dtype, formula = torch.bfloat16, Unpacked
 
 
 def interleaved(make, call):
@@ -315,7 +315,7 @@ def test_first_calls_in_threads():
     """Threads that share an opened run get what one thread gets, from their first calls on, while
     weights are packed; opening runs in threads leaves torch as it was."""
     outs, texts, dropout = [class_run(), tiny_run('lora')], ['cat dog', 'one'], F.dropout
-    with patched(lib.fast, 'Packed', Everywhere):
+    with patched(lib.fast, 'packing', lambda *_: Everywhere):
         for out in outs:
             want = open_run(out, 'cpu', 'bf16').logits(texts)
             run, start = open_run(out, 'cpu', 'bf16'), threading.Barrier(4)

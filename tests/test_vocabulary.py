@@ -4,7 +4,7 @@ import torch
 
 import lib.vocabulary
 from lib.fast import speed_up
-from lib.packed import Packed, Unpacked
+from lib.matrices import Packed, Unpacked
 from lib.vocabulary import COLUMNS, ROWS, FastVocabulary, NextLogprobs, packed_vocabulary
 from model import GPT, PIECE, Config
 from tests.helpers import CPU, far, formula_model, patched

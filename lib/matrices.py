@@ -1,0 +1,191 @@
+"""Products with frozen matrices on a CPU, packed once into the blocks that a kernel reads: in
+bfloat16 by oneDNN, in float32 by MKL. lib/fast.py chooses; lib/packed.py and lib/vocabulary.py
+build on it."""
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from lib.device import cpu_has_bf16
+from lib.tensors import give_back
+
+PIECE = 65536  # numbers per thread that an element-wise formula handles at a time
+
+
+class Packed:
+    """A frozen matrix W (in, out) with bias (out,) or None, in bfloat16 and in the blocks that
+    oneDNN's kernels read, as torch.compile packs the weights of an inference graph; with row-major
+    weights every call repacks them, 20 % of its time."""
+
+    dtype = torch.bfloat16
+    slope = False  # does a forward pass keep the slope of GELU, or its argument?
+
+    def __init__(self, W, bias=None, backward=True):
+        """backward: keep W, to pack it for gradient() as well when one is asked for."""
+        self.W = W if backward else None
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        self.blocks, self.backward_blocks = self.pack(W.t()), None
+        give_back(W)
+
+    @classmethod
+    def possible(cls, device, dtype):
+        """Can this torch pack, and does it pay on this processor?"""
+        ops = ('_reorder_linear_weight', '_linear_pointwise')
+        return (
+            device.type == 'cpu'
+            and dtype == cls.dtype
+            and torch.backends.mkldnn.is_available()
+            and cls.pays()
+            and all(hasattr(torch.ops.mkldnn, op) for op in ops)
+        )
+
+    @staticmethod
+    def pays():
+        return cpu_has_bf16()
+
+    @classmethod
+    def pack(cls, W):  # (out, in) -> opaque
+        return torch.ops.mkldnn._reorder_linear_weight(W.detach().to(cls.dtype).contiguous())
+
+    def product(self, x, gelu=False):
+        """x (..., in) -> x W + b (..., out); gelu: GELU of it, applied before it is rounded."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, *after(gelu))
+
+    def gradient(self, g):
+        """Gradient of the product (..., out) -> of x (..., in)."""
+        return torch.ops.mkldnn._linear_pointwise(g, self.transposed(), None, *after(False))
+
+    def transposed(self):
+        """-> W, packed for gradient()"""
+        if self.backward_blocks is None:
+            self.backward_blocks = self.pack(self.W)
+            give_back(self.W)
+        return self.backward_blocks
+
+    @classmethod
+    def gelu(cls, x):
+        """GELU (tanh form) by oneDNN, two to three times as fast as torch's; torch reaches it only
+        after a product, here one with the identity."""
+        if x.shape[-1] % 16:
+            return F.gelu(x, approximate='tanh')
+        y = torch.ops.mkldnn._linear_pointwise(
+            x.reshape(-1, 16), identity(cls.dtype), None, *after(True)
+        )
+        return y.view(x.shape)
+
+
+def after(gelu):
+    """What oneDNN computes after a product, as arguments of torch's operator."""
+    return ('gelu', [], 'tanh') if gelu else ('none', [], '')
+
+
+@functools.lru_cache(None)
+def identity(dtype):
+    return torch.ops.mkldnn._reorder_linear_weight(torch.eye(16, dtype=dtype))
+
+
+class Packed32(Packed):
+    """The same in float32 by MKL, which packs without loss: for CPUs without native bfloat16."""
+
+    dtype, slope = torch.float32, True
+    rows = 512  # of the products for which MKL chooses its blocks; others are right as well
+
+    def __init__(self, W, bias=None, backward=True):
+        super().__init__(W, bias, backward)
+        # the operator asks for W as well, and reads its shape
+        self.shape = torch.empty(()).expand(W.shape[1], W.shape[0])
+
+    @staticmethod
+    def pays():
+        ops = ('_mkl_reorder_linear_weight', '_mkl_linear')
+        known = all(hasattr(torch.ops.mkl, op) for op in ops)
+        return torch.backends.mkl.is_available() and known and mkl_packs()
+
+    @classmethod
+    def pack(cls, W):  # (out, in) -> opaque
+        W = W.detach().float().contiguous()
+        return torch.ops.mkl._mkl_reorder_linear_weight(W, cls.rows)
+
+    def product(self, x, gelu=False):
+        y = multiply(x, self.blocks, self.shape, self.bias)
+        return self.gelu(y) if gelu else y
+
+    def gradient(self, g):
+        return multiply(g, self.transposed(), self.shape.t(), None)
+
+    @staticmethod
+    def gelu_slope(x):
+        return gelu_slope(x)
+
+
+def gelu_slope(x):
+    """-> GELU (tanh form) of x and its slope: x s and s + s (1 - s) x z', with s = sigmoid(z) and
+    z = 2 sqrt(2 / pi) (x + 0.044715 x^3). In pieces that stay in cache: together they cost what
+    torch's gelu_backward costs, which computes tanh again."""
+    x, a = x.contiguous(), 2 * math.sqrt(2 / math.pi)
+    y, slope, first = torch.empty_like(x), torch.empty_like(x), x.new_tensor(a)
+    size = PIECE * torch.get_num_threads()
+    z, s = x.new_empty(2, min(size, x.numel()))
+    for X, Y, D in zip(*(t.view(-1).split(size) for t in (x, y, slope))):
+        Z, S = z[: len(X)], s[: len(X)]
+        torch.addcmul(first, X, X, value=0.044715 * a, out=Z).mul_(X)
+        torch.sigmoid(Z, out=S)
+        torch.mul(X, S, out=Y)
+        torch.add(Z, X, alpha=-2 * a / 3, out=D)  # x z' / 3
+        torch.addcmul(S, S, S, value=-1, out=Z)
+        torch.addcmul(S, Z, D, value=3, out=D)
+    return y, slope
+
+
+@functools.lru_cache(None)
+def mkl_packs():
+    """Does MKL compute products of any number of rows with blocks that it made for others? Its
+    manual does not forbid it; tried once."""
+    W, b = torch.linspace(-1, 1, 96 * 520).sin().view(96, 520), torch.linspace(-1, 1, 520)
+    packed, x = Packed32(W, b), torch.linspace(-3, 3, 1100 * 96).cos().view(1100, 96)
+    errors = [packed.product(x[:n]) - torch.addmm(b, x[:n], W) for n in (1, 33, 1100)]
+    return all(float(e.abs().max()) < 1e-4 for e in errors)
+
+
+def multiply(x, blocks, shape, bias):
+    rows = x.numel() // x.shape[-1]  # any other number would make it ignore the blocks
+    return torch.ops.mkl._mkl_linear(x, blocks, shape, bias, rows)
+
+
+def packing(device, dtype):
+    """-> the class of packed matrices for products in this precision, or None."""
+    return next((kind for kind in (Packed, Packed32) if kind.possible(device, dtype)), None)
+
+
+class Unpacked:
+    """The same by plain products in float64: the formulas are checked with it on any CPU."""
+
+    dtype, slope = torch.float64, False
+
+    def __init__(self, W, bias=None, backward=True):
+        self.W, self.bias = W.detach().to(self.dtype), bias
+        if bias is not None:
+            self.bias = bias.detach().to(self.dtype)
+
+    def product(self, x, gelu=False):
+        y = F.linear(x, self.W.t(), self.bias)
+        return F.gelu(y, approximate='tanh') if gelu else y
+
+    def gradient(self, g):
+        return g @ self.W.t()
+
+    @staticmethod
+    def gelu(x):
+        return F.gelu(x, approximate='tanh')
+
+
+class Unpacked32(Unpacked):
+    """Checks what Packed32 is used for: with the slope of GELU."""
+
+    slope = True
+    gelu_slope = staticmethod(gelu_slope)
+
+
+Packed.formula, Packed32.formula = Unpacked, Unpacked32  # for the checks
