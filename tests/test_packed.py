@@ -252,6 +252,28 @@ def test_which_matrices_pack():
             assert packing(torch.device('cuda'), torch.float32) is None
     with patched(torch.backends.mkl, 'is_available', lambda: False):
         assert packing(CPU, torch.float32) is None
+    if packing(CPU, torch.float32):  # blocks that fit no other number of rows
+        again, right = lib.matrices.mkl_packs.__wrapped__, lib.matrices.multiply
+        wrong = lambda x, *rest: right(x, *rest) + (len(x) == 33)  # noqa: E731
+        assert again()
+        with patched(lib.matrices, 'multiply', wrong):
+            assert not again()
+
+
+def test_slope_of_gelu():
+    """GELU and its slope in float32, in one piece and in several: as exact as torch's own, also
+    where x is large."""
+    x = torch.cat((torch.linspace(-6, 6, 4001), torch.tensor([-1e4, -50.0, 50.0, 1e4])))
+    exact = x.double().requires_grad_()
+    want = F.gelu(exact, approximate='tanh')
+    want.sum().backward()
+    for size in (lib.matrices.PIECE, 100):
+        with patched(lib.matrices, 'PIECE', size):
+            y, slope = lib.matrices.gelu_slope(x.view(5, -1))
+        assert y.shape == slope.shape == (5, len(x) // 5)
+        for got, exactly in ((y.flatten(), want), (slope.flatten(), exact.grad)):
+            assert float((got - exactly).abs()[:-4].max()) < 3e-6
+            assert torch.allclose(got[-4:].double(), exactly[-4:], atol=1e-6)
 
 
 def test_float32_stays_exact():
