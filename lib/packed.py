@@ -185,24 +185,39 @@ class FastLoRA:
         return dx, dA, dB
 
 
+class Scaled(torch.autograd.Function):
+    """scale * B in the precision of the products: one kernel in each direction, where a cast and a
+    product are two. For a GPU that runs kernels faster than Python launches them."""
+
+    @staticmethod
+    def forward(ctx, B, scale, dtype):
+        ctx.scale, ctx.dtype = scale, B.dtype
+        return torch.mul(B, scale, out=torch.empty_like(B, dtype=dtype))
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.mul(g, ctx.scale, out=torch.empty_like(g, dtype=ctx.dtype)), None, None
+
+
 class ThinLoRA:
-    """LoRA around a layer that is not packed: the sum costs no pass of its own, and dropout on
-    a CPU is drawn by its gaps."""
+    """LoRA around a layer that is not packed: the sum costs no pass of its own, dropout on a CPU is
+    drawn by its gaps, and where B is cast, the scale is part of the copy."""
 
     def __init__(self, lora):
         self.lora = lora
 
     def __call__(self, x):
-        A, B = self.lora.A, self.lora.B
+        A, B, scale = self.lora.A, self.lora.B, self.lora.scale
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # rounded once, before the mask
         y = self.lora.base(x)
         x = x.to(y.dtype)
         if self.lora.p and self.lora.training:
             x = dropout.dropout(x, self.lora.p)
-        if A.dim() == 2:
-            a = F.linear(x, A) * self.lora.scale  # (..., r)
-            return torch.addmm(y.flatten(0, -2), a.flatten(0, -2), B.t()).view(y.shape)
-        rows = x.reshape(len(A), -1, x.shape[-1])  # (K, n / K, in)
-        a = torch.bmm(rows, A.mT.to(x.dtype)) * self.lora.scale
-        return torch.baddbmm(y.view(len(A), -1, y.shape[-1]), a, B.mT.to(y.dtype)).view(y.shape)
+        if B.dtype != y.dtype:
+            B, scale = Scaled.apply(B, scale, y.dtype), None
+        rows = x.reshape(*A.shape[:-2], -1, x.shape[-1])  # (n, in), or (K, n / K, in)
+        a = F.linear(rows, A) if A.dim() == 2 else torch.bmm(rows, A.mT.to(x.dtype))
+        a = a if scale is None else a * scale
+        add = torch.addmm if A.dim() == 2 else torch.baddbmm
+        return add(y.reshape(*a.shape[:-1], -1), a, B.mT).view(y.shape)

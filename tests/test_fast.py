@@ -7,15 +7,17 @@ import io
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
 from lib.blocks import FastBlock
 from lib.device import autocast, place
 from lib.fast import speed_up
+from lib.packed import ThinLoRA
 from lib.rows import TrainedRows
 from lib.training import make_optimizer
 from lora import LoRA
-from model import GPT, MLP, Attention, Block
+from model import GPT, MLP, Attention, Block, Conv1D
 from tests.helpers import (
     ALL,
     CPU,
@@ -246,6 +248,39 @@ def test_embedding_rows():
     assert a.keys() == b.keys() and max(far(a[k], b[k]) for k in a) < 1e-5
     assert far(b['wte.weight'], start.wte.weight.detach()) > 1e-4
     assert torch.equal(b['wte.weight'][unseen], start.wte.weight[unseen])
+
+
+def test_scale_of_lora_is_part_of_the_copy_of_b():
+    """Where B is cast, one kernel scales and casts it, and one its gradient; in float32 the product
+    is scaled as in lora.py, bitwise."""
+    for classes in (0, 3):
+        torch.manual_seed(0)
+        layer = LoRA(Conv1D(16, 24).requires_grad_(False), 4, 1.7, 0.0, classes)
+        for p in layer.parameters():
+            p.data.normal_()
+        fast, x = ThinLoRA(layer), torch.randn(6, 16)
+        a = x.view(*[classes] * bool(classes), -1, 16) @ layer.A.mT * 1.7
+        if not classes:
+            assert torch.equal(fast(x), torch.addmm(layer.base(x), a, layer.B.t()))
+        else:
+            want = torch.baddbmm(layer.base(x).view(3, -1, 24), a, layer.B.mT)
+            assert torch.equal(fast(x), want.view(6, 24))
+        grads, ops = [], []
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None, ops=ops):
+                ops.append(func.overloadpacket.__name__)
+                return func(*args, **(kwargs or {}))
+
+        for forward in (layer, fast):
+            layer.zero_grad()
+            ops.clear()
+            with Watch(), autocast(CPU, torch.bfloat16):
+                y = forward(x)
+                y.sum().backward()
+            grads.append([y.detach().float(), layer.A.grad, layer.B.grad])
+        assert all(far(got, want) < 0.02 for got, want in zip(*grads)), classes
+        assert ops.count('mul') == 2, ops
 
 
 def test_rows_are_trained_only_if_they_suffice():
