@@ -96,11 +96,12 @@ def text_logprobs(model, tokens, max_length, keep, device, dtype, context=(), **
 def answer_logprobs(model, tokens, max_length, keep, device, dtype, answer, **options):
     """log P(answer | text) (N, 1) float32 numpy, nats: the ids `answer` follow every text of
     `tokens` and only they are scored."""
+    scored = torch.tensor(answer, device=device)  # (A,)
 
     def fn(ids, n, index):
         rows = torch.cat((ids, ids.new_zeros(len(ids), len(answer))), 1)
         place = n[:, None] + torch.arange(len(answer), device=device)  # (B, A)
-        rows.scatter_(1, place, torch.tensor(answer, device=device).expand(len(ids), -1))
+        rows.scatter_(1, place, scored.expand(len(ids), -1))
         ends = torch.zeros_like(n, dtype=torch.bool)
         return model.logprob(rows, n + len(answer), ends, first=n)[:, None]
 
@@ -111,12 +112,12 @@ def ends_here(end, tokens, index, max_length):
     """Which of the rows index (B,) are scored with the <|endoftext|> (id `end`) after them -> (B,)
     bool: those that were not cut. The empty text is one <|endoftext|> already: its probability is
     that of ending at once."""
-    return torch.tensor(
-        [len(tokens[i]) <= max_length and tokens[i][0] != end for i in index], dtype=torch.bool
-    )
+    index = np.asarray(index)
+    whole = tokens.lengths[index] <= max_length
+    return torch.from_numpy(whole & (tokens.flat[tokens.starts[index]] != end))
 
 
 def scored_lengths(end, tokens, max_length):
     """Number of scored tokens of each text, with its <|endoftext|> -> (N,) int64 numpy."""
-    ends = ends_here(end, tokens, range(len(tokens)), max_length)
+    ends = ends_here(end, tokens, np.arange(len(tokens)), max_length)
     return np.minimum(tokens.lengths, max_length) + ends.numpy()

@@ -108,7 +108,7 @@ class FastVocabulary:
             self.packed = packed_vocabulary(W, self.matrix)
         with torch.autocast(kind, enabled=False):
             W = W.to(dtype)
-            if kind == 'cuda':  # boolean indexing would synchronize
+            if kind != 'cpu':  # boolean indexing would synchronize
                 out = NextLogprobs.apply(h.flatten(0, 1).to(dtype), W, target.flatten(), None)
                 return out.view(target.shape).where(scored, 0.0)
             out = torch.zeros(target.shape, device=h.device)

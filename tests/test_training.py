@@ -42,13 +42,11 @@ from tests.helpers import (
     losses_of,
     over_base,
     patched,
-    pretrained,
     ragged,
     raises,
     records,
     same_run,
     script,
-    skip,
     stirred,
     tiny_run,
     tmp,
@@ -240,47 +238,6 @@ def test_graphs_are_refused():
         raises(UserError, check_graphs, args, torch.device('cuda'), match=f'--{other}')
         args.cuda_graphs = False
         check_graphs(args, torch.device('cuda'))
-
-
-def test_graphs_on_a_gpu():
-    if not torch.cuda.is_available():
-        skip('no GPU')
-    for method in ('lora', 'full'):
-        flags = [*TINY, *FLAGS[method], *STEPS, *(['--dropout', '0'] * (method == 'lora'))]
-        a, b = losses_of(train(*flags, '--cuda_graphs')[0]), losses_of(train(*flags)[0])
-        assert len(a) == len(b) > 10 and np.allclose(a, b, rtol=1e-3), (method, a, b)
-    flags = over_base(*GEN['posterior'], *'--dropout 0 --max_steps 30 --log_every 1'.split())
-    a, b = losses_of(generate(*flags, '--cuda_graphs')[0]), losses_of(generate(*flags)[0])
-    assert len(a) == len(b) >= 30 and np.allclose(a, b, rtol=1e-3), (a, b)
-
-
-def test_no_step_waits_for_the_gpu():
-    """From the seed of a step to its last operation nothing synchronizes: inputs are copied from
-    pinned memory, and no value is read."""
-    if not torch.cuda.is_available():
-        skip('no GPU')
-    seed, add, steps = lib.training.seed_step, lib.training.Log.add, []
-
-    def begin(*a):
-        seed(*a)
-        torch.cuda.set_sync_debug_mode('error' if a[1] > 1 else 'default')  # after the warm-up
-
-    def end(*a):
-        torch.cuda.set_sync_debug_mode('default')
-        steps.append(a[1])
-        add(*a)
-
-    texts = ['--data', topics(), '--model', pretrained()]
-    runs = [(train, [*TINY, *FLAGS[method], '--epochs', '2']) for method in METHODS]
-    runs += [(generate, [*texts, *GEN[method], '--max_steps', '30']) for method in ('lora', 'full')]
-    runs += [(generate, [*texts, *GEN['posterior'], '--max_steps', '30'])]
-    try:
-        for script, flags in runs:
-            with patched(lib.training, 'seed_step', begin), patched(lib.training.Log, 'add', end):
-                script(*flags, '--device', 'cuda', '--grad_accum', '2')
-    finally:
-        torch.cuda.set_sync_debug_mode('default')
-    assert len(steps) > 50
 
 
 def plan_of(lengths, max_steps, epochs, **flags):
