@@ -6,6 +6,7 @@
     python bench.py --task predict --against hf   predict.py on a file, opening the run included
     python bench.py --task startup --against hf   seconds from the command line to one answer
     python bench.py --task lora --length 128 --steps 4      peak memory: every text has 128 tokens
+    python bench.py --gpu             all that a GPU has to show, in ten minutes
     python bench.py --task curves --data sms --repeats 3      accuracy by number of rows, no speed
 
 Both sides use random weights of GPT-2's shape, real texts (SST-2; gen: AG News), the same token
@@ -282,6 +283,10 @@ def check(args):
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
+    if '--gpu' in argv:
+        from lib import gpubench
+
+        return gpubench.main(argv)
     args = parse(argv)
     if args.task == 'curves':
         from docs import curves

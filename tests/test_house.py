@@ -16,11 +16,11 @@ LIB, RUNNER, TOTAL = 300, 80, 9900  # lines: of a room, of test_all.py, of all b
 FUNCTION, MAIN, LOOP, LINE = 60, 120, 40, 100
 # rooms that know the model; the others know neither model.py nor lora.py
 KNOW_MODEL = set(
-    """answers base blocks classes explain export fast foreign frozen genflags genrun init packed
-    page peers peft repeat rows rundata runfolder runs scoring selfcheck versions vocabulary windows
-    workload""".split()
+    """answers base blocks classes explain export fast foreign frozen genflags genrun gpubench init
+    packed page peers peft repeat rows rundata runfolder runs scoring selfcheck versions vocabulary
+    windows workload""".split()
 )
-BENCH = {'measure', 'peers', 'workload'}  # rooms of bench.py, counted with it
+BENCH = {'gpubench', 'measure', 'peers', 'workload'}  # rooms of bench.py, counted with it
 APART = {'fast', 'graphs', 'frozen', 'runs', 'ranks'}  # what model.py and lora.py never import
 
 
