@@ -20,6 +20,7 @@ POOLS = ('last', 'first', 'mean', 'pad')  # of GPT.pool
 LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2)
 LR.update(prefix=3e-5, pretrain=3e-5)
 LR_SCRATCH, LR_NANO = 3e-4, dict(cls=3e-3, gen=6e-3)  # nano: LoRA on the demo's small model
+STEPS, STEPS_NANO = 800, 400  # nano: of train_cls.py, where 800 are no better
 # every matrix of a block: better than attention alone at the same number of parameters
 TARGETS = 'c_attn,attn.c_proj,c_fc,mlp.c_proj'
 
@@ -102,8 +103,9 @@ def lora_flags(p):
 def optim_flags(p):
     """-> function that adds another flag to this group, as in group()"""
     add = group(p, 'optimization')
-    text = 'optimizer steps, of all classes together in train_gen.py; 800 are 0.19 epochs of SST-2'
-    add('--max_steps', text, positive, 800)
+    text = f'optimizer steps, of all classes together in train_gen.py; {STEPS} are 0.19 epochs of '
+    text += f'SST-2 (default: {STEPS}; train_cls.py with LoRA on nano {STEPS_NANO})'
+    add('--max_steps', text, positive)
     add('--epochs', 'epochs over the training rows, instead of --max_steps', above_zero)
     add('--batch_size', 'rows per forward pass', positive, 16)
     text = (
@@ -131,7 +133,7 @@ def system_flags(p):
     add = group(p, 'system')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
     dtypes = ('auto', 'bf16', 'fp16', 'fp32')
-    add('--dtype', 'matmul precision; auto: the fastest native one', dtypes, 'auto')
+    add('--dtype', 'matmul precision; auto: the fastest native one, fp32 with nano', dtypes, 'auto')
     add('--compile', 'torch.compile the model', bool)
     add('--cuda_graphs', 'replay a graph per batch shape; single GPU, not benchmarked yet', bool)
     add('--gradient_checkpointing', 'recompute blocks in backward: less memory, more time', bool)
@@ -184,16 +186,19 @@ def check_flags(args, given, needs):
         args.model = 'nano'
     if args.model == 'nano' and 'data' not in given:
         args.data = 'demo'
-    args.lr = args.lr or default_lr(args)
+    set_defaults(args)
     args.targets = [t.strip() for t in args.targets.split(',')]
 
 
-def default_lr(args):
-    if args.scratch:
-        return LR_SCRATCH
-    if (args.model, args.method) == ('nano', 'lora'):
-        return LR_NANO['gen' if hasattr(args, 'pretrain') else 'cls']
-    return LR.get(args.method)
+def set_defaults(args):
+    """Defaults of --lr, --max_steps and --dtype, which depend on the other flags."""
+    nano = (args.model, args.method, args.scratch) == ('nano', 'lora', False)
+    if nano and args.dtype == 'auto':  # matrices this small gain less than the casts take
+        args.dtype = 'fp32'
+    script = 'gen' if hasattr(args, 'pretrain') else 'cls'
+    rate = LR_SCRATCH if args.scratch else LR_NANO[script] if nano else LR.get(args.method)
+    args.lr = args.lr or rate
+    args.max_steps = args.max_steps or (STEPS_NANO if nano and script == 'cls' else STEPS)
 
 
 def strange_flags(args, saved):
@@ -242,6 +247,7 @@ def or_demo(get, args, given, insist):
         text = textwrap.fill(text, 99, initial_indent='| ', subsequent_indent='| ')
         print(line := f'+{"-" * 98}', text, line, sep='\n', flush=True)
     args.data, args.model = 'demo', 'nano'
-    if 'lr' not in given:
-        args.lr = default_lr(args)
+    typed = {name: getattr(args, name) for name in ('lr', 'max_steps') if name in given}
+    vars(args).update({'lr': None, 'max_steps': None, **typed})
+    set_defaults(args)
     return get()

@@ -1,0 +1,279 @@
+"""Generative against discriminative, from scratch: the experiments of docs/results.md.
+
+    python docs/experiments.py --data sms sst2 agnews --seeds 1 2 3
+
+Few rows, flipped labels, a spurious token, another prior, dropped tokens. Every number goes to
+docs/results/experiments.json as it comes, and is not computed again: an interrupted call goes on.
+The rows that validate and test are the same for every seed; the seed draws training rows and
+weights. `train_cls.py --full` and `train_gen.py --full` start from random weights, the two with
+LoRA on top of a language model of the same shape, which `train_gen.py --pretrain` made of all
+training texts without their labels."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if TOP not in sys.path:
+    sys.path.insert(0, TOP)
+
+import numpy as np
+
+import data
+import train_cls
+import train_gen
+from docs.curves import naive_bayes
+from lib import cli, files
+from lib.metrics import run_metrics
+from lib.runs import open_run
+from lib.tokens import tokenize, tokenizer
+from lib.workload import write_rows
+
+SIZES = 8, 32, 128, 512, None  # training rows per class; None: all
+STEPS = {8: 100, 32: 150, 128: 300, 512: 600, None: 1500}  # of 16 rows
+MIDDLE = 512  # rows per class of the experiments that are not about their number
+TESTED, VALIDATED, LENGTH = 1000, 200, 64  # rows at most, rows at most, tokens per text
+TOKEN, STRENGTH = 'zebra', 0.95  # in front of so many texts of one class, else of the other
+METHODS = {
+    'discriminative': (train_cls, '--full --lr 1e-3'),
+    'generative': (train_gen, '--full --lr 2e-3'),
+    'discriminative, LoRA': (train_cls, '--lora --lr 3e-3'),
+    'generative, LoRA': (train_gen, '--lora --lr 6e-3'),
+    'generative, posterior': (train_gen, '--full --lr 2e-3 --posterior_steps 100'),
+}
+
+
+class Rows:
+    """Texts and their classes."""
+
+    def __init__(self, texts, y):
+        self.texts, self.y = list(texts), np.asarray(y)
+
+    def __getitem__(self, index):
+        return Rows([self.texts[i] for i in index], self.y[index])
+
+
+def some(rows, n, seed):
+    """At most n rows, in the proportions of the classes."""
+    order = np.random.RandomState(seed).permutation(len(rows.y))
+    chosen = order if len(order) <= n else order[:n]
+    return rows[np.sort(chosen)]
+
+
+def per_class(rows, n, seed):
+    """At most n rows of each class; all of them if n is None."""
+    order = np.random.RandomState(seed).permutation(len(rows.y))
+    chosen = [i for c in np.unique(rows.y) for i in order[rows.y[order] == c][:n]]
+    return rows[np.sort(chosen)]
+
+
+def flipped(rows, share, k, seed):
+    """A share of the labels replaced by another one."""
+    rng, y = np.random.RandomState(seed), rows.y.copy()
+    wrong = rng.permutation(len(y))[: round(share * len(y))]
+    y[wrong] = (y[wrong] + rng.randint(1, k, len(wrong))) % k
+    return Rows(rows.texts, y)
+
+
+def spurious(rows, share, seed):
+    """TOKEN in front of a share of class 1, and of the other share of class 0."""
+    draw = np.random.RandomState(seed).random_sample(len(rows.y))
+    has = draw < np.where(rows.y == 1, share, 1 - share)
+    return Rows([f'{TOKEN} {t}' if h else t for t, h in zip(rows.texts, has)], rows.y)
+
+
+def dropped(rows, share, enc, seed):
+    """Texts that lost a share of their tokens, one at least stays."""
+    rng, texts = np.random.RandomState(seed), []
+    for ids in tokenize(enc, rows.texts):
+        kept = ids[rng.random_sample(len(ids)) >= share]
+        texts.append(enc.decode((kept if len(kept) else ids[:1]).tolist()))
+    return Rows(texts, rows.y)
+
+
+class Study:
+    """One data set and one shape: trains runs in a folder, notes accuracies in a file."""
+
+    def __init__(self, name, shape, path, folder):
+        self.name, self.path, self.folder, self.base = name, path, folder, None
+        self.shape = '{}x{}'.format(*shape)
+        heads = max(1, shape[1] // 64)
+        sizes = (
+            f'--n_layer {shape[0]} --n_embd {shape[1]} --n_head {heads} --block_size {LENGTH + 2}'
+        )
+        self.new = f'--model gpt2 --scratch {sizes}'.split()
+        ds = data.load(name)
+        self.labels = ds.labels
+        self.train = Rows(ds.train.texts, ds.train.y)
+        self.val = some(Rows(ds.val.texts, ds.val.y), VALIDATED, 0)
+        self.test = some(Rows(ds.test.texts, ds.test.y), TESTED, 0)
+        self.enc = tokenizer('gpt2')
+
+    def noted(self, **key):
+        """-> (all rows noted, the value of the one with this key, or None)"""
+        rows = files.read_json(self.path)['rows'] if os.path.isfile(self.path) else []
+        key = dict(data=self.name, shape=self.shape, **key)
+        same = [r['accuracy'] for r in rows if all(r.get(k) == v for k, v in key.items())]
+        return rows, key, same[0] if same else None
+
+    def note(self, accuracy, **key):
+        rows, key, _ = self.noted(**key)
+        rows.append(dict(key, accuracy=round(float(accuracy), 4)))
+        commit = ['git', '-C', TOP, 'rev-parse', '--short', 'HEAD']
+        commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
+        found = dict(command='python docs/experiments.py', commit=commit, rows=rows)
+        files.write_json(self.path, found)
+        print(*key.values(), rows[-1]['accuracy'], flush=True)
+
+    def fit(self, method, train, steps, seed):
+        """Train on rows -> opened run."""
+        script, flags = METHODS[method]
+        where = tempfile.mkdtemp(dir=self.folder)
+        for split, rows in dict(train=train, val=self.val, test=self.val[np.arange(20)]).items():
+            labels = [self.labels[c] for c in rows.y]
+            write_rows(os.path.join(where, f'{split}.csv'), rows.texts, labels)
+        out = os.path.join(where, 'run')
+        model = ['--model', self.language_model()] if '--lora' in flags else self.new
+        argv = ['--data', where, '--text_col', 'text', '--label_col', 'label', *model]
+        argv += [*flags.split(), '--max_steps', str(steps), '--max_length', str(LENGTH)]
+        self.call(script, [*argv, '--seed', str(seed), '--schedule', 'cosine', '--out', out])
+        return open_run(out)
+
+    def language_model(self):
+        """The folder of the base model of the LoRA methods, trained when it is first asked for."""
+        if not self.base:
+            self.base = os.path.join(self.folder, f'base-{self.name}-{self.shape}')
+            texts = os.path.join(self.folder, f'{self.name}.txt')
+            lines = (' '.join(text.split()) for text in self.train.texts)
+            files.write_atomic(texts, '\n'.join(lines) + '\n')
+            argv = ['--pretrain', '--data', texts, *self.new, '--max_length', str(LENGTH)]
+            argv += '--epochs 2 --batch_size 32 --lr 2e-3 --schedule cosine'.split()
+            self.call(train_gen, [*argv, '--out', self.base])
+        return self.base
+
+    @staticmethod
+    def call(script, argv):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            script.main([*argv, '--log_every', '100000', '--eval_every', '100000'])
+
+    def probs(self, run, rows):
+        """-> probabilities (N, K) of an opened run on rows, accuracy"""
+        m, probs, _ = run_metrics(run, run.logits(rows.texts), rows.y, self.labels)
+        return probs, m['accuracy']
+
+    # --- the experiments ---
+
+    def few_rows(self, seed, methods):
+        for n in SIZES:
+            train = per_class(self.train, n, seed)
+            key = dict(experiment='rows', condition=n or 'all', seed=seed)
+            for method in ('naive Bayes', 'TF-IDF + logistic regression', *methods):
+                if self.noted(**key, method=method)[-1] is None:
+                    if method == 'naive Bayes':
+                        accuracy = naive_bayes(self.dataset(train), self.enc)
+                    elif method.startswith('TF-IDF'):
+                        accuracy = linear(train, self.test)
+                    else:
+                        run = self.fit(method, train, STEPS[n], seed)
+                        accuracy = self.probs(run, self.test)[1]
+                    if accuracy is not None:
+                        self.note(accuracy, **key, method=method)
+
+    def dataset(self, train):
+        return data.Dataset(self.name, self.labels, train, self.val, self.test, [], data.GUESSED)
+
+    def shifts(self, seed, methods):
+        """What one run, trained on clean rows, does on other test rows; and training on rows that
+        are not clean."""
+        clean = per_class(self.train, MIDDLE, seed)
+        steps, k = STEPS[MIDDLE], len(self.labels)
+        for method in methods:
+            key = dict(method=method, seed=seed)
+            for share in (0.2, 0.4):
+                self.trained('noise', share, key, flipped(clean, share, k, seed), self.test)
+            if k == 2:
+                train = spurious(clean, STRENGTH, seed)
+                self.trained('spurious', 'same', key, train, spurious(self.test, STRENGTH, 0))
+                turned = spurious(self.test, 1 - STRENGTH, 0)
+                self.trained('spurious', 'turned', key, train, turned)
+            last = dict(experiment='drop', condition=0.5)
+            if self.noted(**key, **last)[-1] is None:
+                self.moved(
+                    self.fit(method, clean, steps, seed), key, np.bincount(clean.y) / len(clean.y)
+                )
+
+    def trained(self, experiment, condition, key, train, test):
+        key = dict(experiment=experiment, condition=condition, **key)
+        if self.noted(**key)[-1] is None:
+            run = self.fit(key['method'], train, STEPS[MIDDLE], key['seed'])
+            self.note(self.probs(run, test)[1], **key)
+
+    def moved(self, run, key, prior):
+        """The same run on texts that lost tokens, without and with the spurious token, and with
+        the classes at 90 : 10. prior (K,): of its training rows."""
+        if len(self.labels) == 2:
+            probs, accuracy = self.probs(run, self.test)
+            margin = np.log(probs + 1e-30)
+            margin = (margin[:, 1] - margin[:, 0]) * np.where(self.test.y == 1, 1, -1)  # nats
+            nats = np.log(STRENGTH / (1 - STRENGTH))
+            right = STRENGTH * (margin > nats) + (1 - STRENGTH) * (margin > -nats)
+            self.note(right.mean(), **key, experiment='spurious', condition='turned, predicted')
+        rng, y = np.random.RandomState(0), self.test.y
+        one = rng.permutation(np.flatnonzero(y == 0))
+        others = rng.permutation(np.flatnonzero(y != 0))
+        n = min(len(one), 9 * len(others))
+        rows = self.test[np.concatenate((one[:n], others[: max(1, n // 9)]))]
+        new = np.bincount(rows.y, minlength=len(prior)) / len(rows.y)
+        probs, accuracy = self.probs(run, rows)
+        self.note(accuracy, **key, experiment='prior', condition='as trained')
+        moved = (probs * new / prior).argmax(1)
+        self.note((moved == rows.y).mean(), **key, experiment='prior', condition='moved')
+        for share in (0.0, 0.1, 0.3, 0.5):
+            rows = dropped(self.test, share, self.enc, 0) if share else self.test
+            self.note(self.probs(run, rows)[1], **key, experiment='drop', condition=share)
+
+
+def linear(train, test):
+    """Test accuracy of logistic regression over TF-IDF of words and pairs; None without
+    scikit-learn."""
+    try:
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+    except ImportError:
+        return None
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True)
+    model = LogisticRegression(C=10, max_iter=1000)
+    model.fit(words.fit_transform(train.texts), train.y)
+    return float((model.predict(words.transform(test.texts)) == test.y).mean())
+
+
+def main(argv=None):
+    p = cli.Parser(description=__doc__, prog='experiments.py')
+    add = p.add_argument
+    add('--data', nargs='+', default=['sms', 'sst2', 'agnews'], help='data sets')
+    add(
+        '--shape',
+        nargs=2,
+        type=int,
+        default=[1, 64],
+        metavar=('LAYERS', 'WIDTH'),
+        help='of all models',
+    )
+    add('--seeds', nargs='+', type=int, default=[1, 2, 3], help='one run for each')
+    add('--methods', nargs='+', choices=METHODS, default=list(METHODS), help='trained classifiers')
+    results = os.path.join(TOP, 'docs', 'results', 'experiments.json')
+    add('--json', default=results, metavar='FILE', help='where the numbers are, and go to')
+    args, _ = p.parse(argv)
+    for name in args.data:
+        with tempfile.TemporaryDirectory() as folder:
+            study = Study(name, args.shape, args.json, folder)
+            for seed in args.seeds:
+                study.few_rows(seed, args.methods)
+                study.shifts(seed, [m for m in args.methods if 'LoRA' not in m])
+
+
+if __name__ == '__main__':
+    cli.run(main)
