@@ -54,7 +54,7 @@ sms | generative, LoRA | train_gen --balance --lora --epochs 5 | -
 sms | zero-shot | train_gen --balance --zero_shot | -
 """
 ROWS = [[cell.strip() for cell in line.split('|')] for line in ROWS.strip().split('\n')]
-TRIAL = '--scratch --n_layer 1 --n_head 2 --n_embd 32 --max_samples 8 --eval_samples 8'
+TRIAL = '--scratch --n_layer 2 --n_head 2 --n_embd 32 --max_samples 8 --eval_samples 8'
 
 
 def accuracy(script, flags, out):
