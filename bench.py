@@ -1,17 +1,18 @@
-"""Measure speed and memory on this machine, beside Hugging Face's Trainer + PEFT if installed.
+"""Measure speed and memory on this machine, beside the peers that are installed.
 
     python bench.py --task lora --against hf      training; also full, last, head, adapter
-    python bench.py --task eval --against hf      evaluation of a LoRA model
-    python bench.py --task gen --against hf       generative scoring of AG News with four classes
-    python bench.py --task predict --against hf   predict.py on a file, opening the run included
+    python bench.py --task eval --against all     evaluation of a LoRA model
+    python bench.py --task gen --against all      generative scoring of AG News with four classes
+    python bench.py --task predict --against all  predict.py on a file, opening the run included
     python bench.py --task startup --against hf   seconds from the command line to one answer
+    python bench.py --task eval --against onnxruntime --dtype fp32 int8      ours in two precisions
     python bench.py --task lora --length 128 --steps 4      peak memory: every text has 128 tokens
     python bench.py --gpu             all that a GPU has to show, in ten minutes
     python bench.py --task curves --data sms --repeats 3      accuracy by number of rows, no speed
 
 Both sides use random weights of GPT-2's shape, real texts (SST-2; gen: AG News), the same token
 ids, rows and batch size. Our side is the scripts themselves. head and last are timed from the
-second epoch on, on a subset that is read several times. --hf names the peers:
+second epoch on, on a subset that is read several times. The peers, with --against hf (--hf):
   default  TrainingArguments as they come: float32, GPT-2's dropout 0.1, random batches padded to
            their longest text
   half     the same with --bf16
@@ -21,24 +22,27 @@ For gen, the peers are a float32 model per class that reads one text at a time; 
 reads eight; one that reads eight of like length. For predict, they are a loop over batches of 16 in
 the file's order; the same in --dtype; batches of like length. For startup, `default` is PEFT on top
 of the base model, the others the merged model without PEFT; none loads a tokenizer.
+For eval and predict, onnxruntime (float32; int8 by quantize_dynamic) and openvino (float32; bf16)
+read an export of the classifier, in batches like ours. For gen, ctranslate2 has a language model
+per class (float32; int8). They run on a CPU. A peer that cannot run is a row that says why.
 
-The sides alternate, each in its own process. Figures are medians over blocks of steps after a
-warm-up. Memory is the peak of the process (pages of a mapped file count once they are read), on
+The sides alternate, each in its own process; float32 comes first. Texts or steps are reduced so
+that a table takes at most --minutes. Figures are medians over blocks of steps after a warm-up.
+Memory is the peak of the process (pages of a mapped file count once they are read), on
 CUDA the peak of PyTorch's allocator. GFLOP/s counts the arithmetic that the real tokens need
-(lib/measure.py); the percentage is relative to square matrix products in --dtype, measured in the
-same run.
+(lib/measure.py); the percentage is relative to square matrix products in the precision of the row
+(of int8: in the fastest native one), measured in the same run.
 """
 
 from lib import start
 
 start.script(__name__)
 
+import contextlib
 import json
 import math
 import os
 import signal
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -49,20 +53,31 @@ import data
 import lora
 import predict
 import train_cls
-from lib import cli, device, files, measure, peers, runs, scoring, tokens, training, workload
+from lib import (
+    cli,
+    device,
+    files,
+    measure,
+    onnxpeers,
+    peers,
+    runs,
+    scoring,
+    tokens,
+    training,
+    workload,
+)
+from lib import sides as plan
 from lib.files import UserError
 from lib.flags import TARGETS
-from lib.measure import CLASSES, flops, matmul_rate, peak_memory, timed
+from lib.measure import CLASSES, flops, peak_memory, timed
 from lib.peers import PEERS, precision
+from lib.workload import METHODS, ROWS, checked, python
 from model import GPT, SHAPES
 
 # Training steps of a timed block: data.WINDOW batches are sorted by length together, so a block has
 # the padding of a long run. Trainer sorts 50 together: any 50 steps see all lengths.
 STEPS = data.WINDOW
 EPOCHS = 5  # of our training; the first warms up: frozen blocks run, kernels are made, memory grows
-ROWS = dict(eval=3000, gen=96, predict=4000)  # default of --rows
-METHODS = dict(lora='--lora', full='--full', last='--last 1', head='--head', adapter='--adapter')
-HERE = os.path.dirname(os.path.abspath(__file__))
 TEXT = 'a gorgeous, witty film'
 SPEEDS = ('examples_per_s', 'tokens_per_s', 'pad_share')
 
@@ -103,18 +118,17 @@ def ours_predict(args):
 
 def ours_score(args, folder):
     """-> what is to be timed for eval and gen, lengths of the texts. The model is warm."""
-    how = runs.How(*device.pick_device(args.device, args.dtype), data_dir=None, plain=False)
     if args.task == 'gen':  # one base model and one LoRA per class
-        texts, score = workload.agnews_texts(args), scoring.text_logprobs
+        how = runs.How(*device.pick_device(args.device, args.dtype), data_dir=None, plain=False)
         model = GPT.from_pretrained(folder)
         lora.add_lora(model, 8, 16.0, 0.0, TARGETS.split(','), classes=CLASSES, top=args.top)
+        runs.prepare(model, how)
+        rows, where = workload.tokens_of(workload.agnews_texts(args)), (how.device, how.dtype)
+        run = lambda: scoring.text_logprobs(model, rows, 1024, 'first', *where)  # noqa: E731
     else:
-        texts, score = workload.texts_of(args)[0], scoring.class_logits
-        model = GPT.from_pretrained(folder, num_labels=2, new_head=True)
-        lora.adapt(model, 'lora', r=8, alpha=16.0, targets=TARGETS.split(','))
-    runs.prepare(model, how)
-    rows = workload.tokens_of(texts, args.length)
-    run = lambda: score(model, rows, 1024, 'first', how.device, how.dtype)  # noqa: E731
+        opened = runs.open_run(os.path.join(args.shared, 'run'), args.device, args.dtype)
+        rows = workload.tokens_of(workload.texts_of(args)[0], args.length)
+        run = lambda: opened.logits_of(rows)  # noqa: E731
     run()
     return run, rows.lengths
 
@@ -161,60 +175,25 @@ def ours_train(args, folder):
 def worker(args):
     """One turn of a side, in the process that main starts for it. Prints a line of JSON: speeds of
     the blocks, peak memory in MiB, and the mean arithmetic per token."""
-    folder = workload.base_folder(args.model)
-    side = args.worker
-    blocks, lengths = ours(args, folder) if side == 'nanocls' else peers.theirs(args, folder, side)
+    folder, side = workload.base_folder(args.model), args.worker
+    engine, _, dtype = side.partition(' ')
+    if engine == 'nanocls':
+        args.dtype = dtype or args.dtypes[0]
+        blocks, lengths = ours(args, folder)
+    else:
+        room = onnxpeers if engine in plan.ENGINES else peers
+        blocks, lengths = room.theirs(args, folder, side)
     memory = peak_memory(args.device)
     per_token = flops(args.task, SHAPES[args.model], lengths, args.top) / float(lengths.sum())
     print(json.dumps(dict(blocks=blocks, memory=memory, flops_per_token=per_token)))
 
 
-def checked(command, what):
-    """What a command prints. Raises UserError if it fails."""
-    p = subprocess.run(command, capture_output=True, text=True)
-    if p.returncode:
-        raise UserError(f'{what} failed: {" ".join(p.stderr.split())[-500:]}')
-    return p.stdout
-
-
-def python(script, *flags):
-    """The command that runs one of the scripts."""
-    return [sys.executable, os.path.join(HERE, script), *flags]
-
-
-def prepare(args, folder):
-    """Write what the sides share into args.shared: texts.csv for --length; a run and a file of
-    texts for predict and startup."""
-    place = lambda name: os.path.join(args.shared, name)  # noqa: E731
-    if args.length:
-        # all texts have one length, so a short epoch is as good as a long one
-        steps = args.steps if args.task in ('head', 'last') else min(args.steps, 4)
-        rows = args.rows or args.batch_size * steps
-        n = max(rows, 20)
-        while n - 2 * (n // 10) < rows:  # a tenth each becomes validation and test rows
-            n += 1
-        labels = ['negative', 'positive'] * (n // 2) + ['negative'] * (n % 2)
-        texts = workload.texts_of_length(args.length, n)
-        workload.write_rows(workload.texts_csv(args), texts, labels)
-    if args.task in ('predict', 'startup'):
-        ds = data.load('sst2', max_samples=20)
-        workload.write_rows(place('few.csv'), ds.train.texts, [ds.labels[c] for c in ds.train.y])
-        flags = ['--data', place('few.csv'), '--model', folder, '--lora', '--max_steps', '1']
-        flags += ['--device', args.device, '--dtype', args.dtype, '--out', place('run')]
-        checked(python('train_cls.py', *flags), 'training a run')
-        if args.against:
-            command = python('predict.py', place('run'), '--export', place('exported'))
-            checked(command, 'exporting the run')
-    if args.task == 'predict':
-        with open(place('texts.txt'), 'w', encoding='utf-8') as f:
-            f.writelines(' '.join(text.split()) + '\n' for text in workload.texts_of(args)[0])
-
-
 def startup(args, folder, side):
     """Seconds that a new process needs to answer one text -> as from a worker."""
     run = os.path.join(args.shared, 'run')
-    if side == 'nanocls':
-        command = python('predict.py', run, TEXT, '--device', args.device, '--dtype', args.dtype)
+    if side.startswith('nanocls'):
+        dtype = side.partition(' ')[2] or args.dtypes[0]
+        command = python('predict.py', run, TEXT, '--device', args.device, '--dtype', dtype)
     elif side == 'floor':
         command = [sys.executable, '-c', 'import torch, numpy']
     else:
@@ -236,11 +215,14 @@ def parse(argv):
     gpu = 'cuda' if torch.cuda.is_available() else 'cpu'
     add('--task', 'what to measure', tasks, 'lora')
     add('--steps', 'training steps per block; 4 do for memory', positive, STEPS)
-    add('--repeats', 'turns per side; for curves, number of seeds', positive, 2)
+    add('--repeats', 'turns per side; for curves, number of seeds (default: 2)', positive)
+    text = 'reduce texts or steps, then turns, to take at most so long (default: 15)'
+    add('--minutes', text, cli.above_zero)
+    add('--quick', 'a trial: one turn, 3 minutes', bool)
     add('--json', 'write the figures to FILE', metavar='FILE')
     add = cli.group(p, 'peers')
-    add('--against', 'run the peers; needs transformers, for LoRA also PEFT', ('hf',))
-    add('--hf', 'which peers (default: all)', tuple(PEERS), list(PEERS), nargs='+')
+    add('--against', 'run these peers; all: those of the task', plan.GROUPS, [], nargs='+')
+    add('--hf', 'which peers of hf (default: all)', tuple(PEERS), list(PEERS), nargs='+')
     text = 'of the peers (default: fp32 of `default`, --dtype of the others)'
     add('--hf_dtype', text, dtypes)
     add = cli.group(p, 'model and texts')
@@ -258,18 +240,21 @@ def parse(argv):
     add('--seed', 'first seed, for curves', int, 1)
     add = cli.group(p, 'system')
     add('--device', 'cpu or cuda', default=gpu, metavar='NAME')
-    add('--dtype', 'matmul precision (default: bf16 where it is native)', dtypes)
+    text = 'our matmul precision, or several (default: bf16 where it is native)'
+    add('--dtype', text, (*dtypes, 'int8'), nargs='+')
     add('--worker', '(internal: take one turn of this side)', metavar='SIDE')
     add('--shared', '(internal: folder that the sides share)', metavar='DIR')
-    args, _ = p.parse(argv)
-    if not args.dtype:
-        native = not args.device.startswith('cpu') or device.cpu_has_bf16()
-        args.dtype = 'bf16' if native else 'fp32'
+    args, args.given = p.parse(argv)
+    native = plan.native_bf16(args.device)
+    args.dtypes = list(dict.fromkeys(args.dtype or ['bf16' if native else 'fp32']))
+    args.dtypes.sort(key=plan.ORDER.index)
+    half = 'bf16' in args.dtypes or ('int8' in args.dtypes and native)
+    args.dtype = 'bf16' if half else 'fp32'  # of peers, and of what all sides share
     return args
 
 
 def check(args):
-    """Refuse flags that would do nothing or do not fit."""
+    """Refuse flags that would do nothing or do not fit. Sets what no flag gave."""
     positions = SHAPES[args.model].block_size
     if args.length and args.task not in (*METHODS, 'eval'):
         raise UserError(f'--length does nothing with --task {args.task}')
@@ -278,11 +263,56 @@ def check(args):
     if args.rows and args.task not in ROWS:
         way_out = '; --steps sets how many rows are read' if args.task in METHODS else ''
         raise UserError(f'--rows does nothing with --task {args.task}{way_out}')
+    # who asks for a number of turns gets them
+    free = {'repeats', 'minutes', 'quick'} & args.given == {'repeats'}
+    args.seconds = math.inf if free else 60 * (args.minutes or (3 if args.quick else 15))
+    args.fits = not {'rows', 'steps'} & args.given and args.seconds < math.inf
+    args.repeats = args.repeats or (1 if args.quick else 2)
     args.rows = args.rows or ROWS.get(args.task)
 
 
+def turn_of(args, argv, folder, side, seconds):
+    """One turn of a side -> as from a worker. Raises UserError if it fails or takes too long."""
+    if args.task == 'startup':
+        return startup(args, folder, side.key)
+    flags = [*argv, '--worker', side.key, '--shared', args.shared]
+    flags += [f'--steps={args.steps}'] if args.task in METHODS else [f'--rows={args.rows}']
+    out = checked(python('bench.py', *flags), side.name, seconds)
+    return json.loads(out.splitlines()[-1])
+
+
+def take_turns(args, argv, folder, every, start):
+    """Run the sides alternately -> {name of a side: its turns}, {name: why it has none},
+    {precision: [GFLOP/s of matrix products]}. start: when the whole run began."""
+    turns, missing = {side.name: [] for side in every}, {s.name: s.missing for s in every}
+    rates = {plan.rated(args, side.precision): [] for side in every}
+    ours = [side.name for side in every if plan.is_ours(side)]
+    for turn in range(args.repeats):  # alternating, so that other load hits all sides alike
+        began = time.perf_counter()
+        for dtype, found in rates.items():
+            found.append(measure.matmul_rate(args.device, device.DTYPES[dtype]))
+        for side in every:
+            left = max(30, args.seconds - (time.perf_counter() - start))
+            try:
+                if not missing[side.name]:
+                    limit = None if side.name in ours or left == math.inf else left
+                    turns[side.name].append(turn_of(args, argv, folder, side, limit))
+            except UserError as e:
+                missing[side.name] = str(e)
+                if all(missing[name] for name in ours):
+                    raise
+            rate = rates[plan.rated(args, side.precision)][-1]
+            row = measure.row_of(turns[side.name][-1:], rate, missing[side.name])
+            print(f'turn {turn + 1}, {measure.line_of(side.name, row).strip()}', flush=True)
+        now = time.perf_counter()
+        if turn + 1 < args.repeats and now - start + (now - began) > args.seconds:
+            print(f'the time is up after turn {turn + 1} of {args.repeats}')
+            break
+    return turns, missing, rates
+
+
 def main(argv=None):
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv, start = list(sys.argv[1:] if argv is None else argv), time.perf_counter()
     if '--gpu' in argv:
         from lib import gpubench
 
@@ -291,48 +321,29 @@ def main(argv=None):
     if args.task == 'curves':
         from docs import curves
 
+        args.repeats = args.repeats or 2
         return curves.run(args)
     check(args)
     if args.worker:
         return worker(args)
 
-    folder = workload.base_folder(args.model)
-    peers_run = list(dict.fromkeys(args.hf)) if args.against else []
-    if peers_run and args.task == 'adapter':
+    cpu, sets = measure.cpu()
+    print(f'{cpu} ({", ".join(sets)}), {torch.get_num_threads()} threads', flush=True)
+    if 'hf' in args.against and args.task == 'adapter':
         print('PEFT has no Houlsby adapters: there is no peer')
-        peers_run = []
-    sides = ['nanocls', *peers_run, *(['floor'] if args.task == 'startup' else [])]
-    names = {side: f'Hugging Face {side}' for side in sides}
-    names.update(nanocls='nanocls', floor='import torch, numpy')
-    turns, rates = {side: [] for side in sides}, []
+    folder, every = workload.base_folder(args.model), plan.sides(args)
+    if args.fits:
+        plan.fit(args, every)
     with tempfile.TemporaryDirectory() as args.shared:
-        prepare(args, folder)
+        workload.prepare(args, folder)
         if args.task == 'startup':  # the first time, the files come from the disk
-            for side in sides:
-                startup(args, folder, side)
-        for turn in range(args.repeats):  # alternating, so that other load hits all sides alike
-            rates.append(matmul_rate(args.device, device.DTYPES[args.dtype]))
-            for side in sides:
-                if args.task == 'startup':
-                    turns[side].append(startup(args, folder, side))
-                else:
-                    flags = [*argv, '--worker', side, '--shared', args.shared]
-                    out = checked(python('bench.py', *flags), names[side])
-                    turns[side].append(json.loads(out.splitlines()[-1]))
-                row = measure.row_of(turns[side][-1:], rates[-1])
-                print(f'turn {turn + 1}, {measure.line_of(names[side], row).strip()}', flush=True)
-    rate = statistics.median(rates)
-    rows = {names[side]: measure.row_of(turns[side], rate) for side in sides}
-    setting = f'{args.task}, {args.model}, {args.device}, {args.dtype}'
-    print(f'\n{setting}; matrix products reach {rate:.0f} GFLOP/s')
-    print('\n'.join(measure.line_of(name, row) for name, row in rows.items()))
-    flags = ('task', 'model', 'batch_size', 'length', 'device', 'dtype')
-    result = {name: getattr(args, name) for name in flags}
-    result.update(hf_dtype={peer: precision(args, peer) for peer in peers_run})
-    result.update(torch=torch.__version__, threads=torch.get_num_threads())
-    result.update(matmul_gflops=rate, rows=rows, **measure.ratios(rows, peers_run))
+            for side in every:
+                with contextlib.suppress(UserError):  # it will be said in its turn
+                    startup(args, folder, side.key)
+        found = take_turns(args, argv, folder, every, start)
+    result = plan.report(args, every, *found)
     if args.json:
-        files.write_json(args.json, result)
+        files.write_json(args.json, dict(result, cpu=cpu, instructions=sets))
 
 
 if __name__ == '__main__':

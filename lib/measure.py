@@ -1,6 +1,7 @@
 """The measures of bench.py: arithmetic, time and memory. Called by bench.py and lib/peers.py."""
 
 import contextlib
+import platform
 import re
 import statistics
 import sys
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 
 CLASSES = 4  # of --task gen
+SETS = 'avx2 fma avx512f avx_vnni avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16'
+SETS = f'{SETS} asimd asimddp sve sve2 i8mm bf16'.split()  # as /proc/cpuinfo has them; x86, ARM
 
 
 def flops(task, cfg, lengths, top=None):
@@ -42,6 +45,18 @@ def flops(task, cfg, lengths, top=None):
     below = times * weights + pairs[times] * attention
     last = last_times * last_weights + pairs[last_times] * last_attention
     return float(((L - 1) * below + last).sum())
+
+
+def cpu(path='/proc/cpuinfo'):
+    """-> name of this CPU, those of its instruction sets that decide how fast products are"""
+    text = ''
+    with contextlib.suppress(OSError), open(path) as f:  # Linux alone
+        text = f.read()
+    name = re.search(r'^model name\s*: (.+)', text, re.M)
+    flags = re.search(r'^(?:flags|Features)\s*: (.+)', text, re.M)
+    have = flags[1].split() if flags else torch.backends.cpu.get_cpu_capability().lower().split()
+    name = name[1] if name else platform.processor() or platform.machine()
+    return name, [s for s in SETS if s in have]
 
 
 def synchronize(device):
@@ -101,9 +116,11 @@ def timed(run, batches, device):
 # --- figures ---
 
 
-def row_of(turns, rate):
+def row_of(turns, rate, missing=''):
     """The turns of a side -> its figures: medians over all blocks, quartiles of the speed, the
-    largest peak of memory. rate: GFLOP/s of matrix products."""
+    largest peak of memory. rate: GFLOP/s of matrix products.  missing: why there are none."""
+    if missing:
+        return dict(missing=missing)
     blocks = [b for t in turns for b in t['blocks']]
     row = {name: statistics.median(b[name] for b in blocks) for name in blocks[0]}
     first = next(iter(row))  # examples_per_s, or seconds
@@ -118,6 +135,8 @@ def row_of(turns, rate):
 
 def line_of(name, row):
     """A row for the terminal."""
+    if 'missing' in row:
+        return f'{name:>22}  not measured: {row["missing"]}'
     low, high = row['middle_half']
     middle = f'(middle half of {row["blocks"]}: {low:.4g} to {high:.4g})'
     if 'seconds' in row:
@@ -128,17 +147,20 @@ def line_of(name, row):
     return f'{name:>22}  {speed}  {used}  {rate}'
 
 
-def ratios(rows, peers):
-    """Print how many times as fast as each peer we are, and how much of its memory we take
-    -> the same for --json."""
-    speed, memory, mine = {}, {}, rows['nanocls']
-    for peer in peers:
-        other, text = rows[f'Hugging Face {peer}'], ''
+def ratios(rows, name, peers):
+    """Print how many times as fast as each peer our row is, and how much of its memory it takes
+    -> the same for --json. peers: {key: name of its row}"""
+    speed, memory, mine = {}, {}, rows[name]
+    for key, peer in peers.items():
+        other, text = rows[peer], ''
+        if 'missing' in mine or 'missing' in other:
+            continue
         if 'seconds' in mine:
-            speed[peer] = other['seconds'] / mine['seconds']
+            speed[key] = other['seconds'] / mine['seconds']
         else:  # tokens: in training, each side reads other texts of the data set
-            speed[peer] = mine['tokens_per_s'] / other['tokens_per_s']
-            memory[peer] = mine['memory_mib'] / other['memory_mib']
-            text = f', {memory[peer]:.2f} times the memory'
-        print(f'against {peer}: {speed[peer]:.2f} times as fast{text}')
+            speed[key] = mine['tokens_per_s'] / other['tokens_per_s']
+            memory[key] = mine['memory_mib'] / other['memory_mib']
+            text = f', {memory[key]:.2f} times the memory'
+        who = '' if name == 'nanocls' else f'{name} '
+        print(f'{who}against {key}: {speed[key]:.2f} times as fast{text}')
     return dict(ratio=speed, memory_ratio=memory)

@@ -6,14 +6,19 @@ args: bench.py's flags; args.shared is the folder of one run that all its proces
 import csv
 import math
 import os
+import subprocess
+import sys
 
 import numpy as np
 import torch
 
 import data
-from lib import checkpoints, files, tokens
+from lib import checkpoints, cli, files, tokens
 from lib.files import UserError
 from model import GPT, SHAPES
+
+METHODS = dict(lora='--lora', full='--full', last='--last 1', head='--head', adapter='--adapter')
+ROWS = dict(eval=3000, gen=96, predict=4000)  # default of --rows
 
 
 def base_folder(name):
@@ -98,3 +103,51 @@ def texts_of_length(n, count):
             'lower it, or --batch_size or --rows'
         )
     return list(texts)
+
+
+# --- what the sides share ---
+
+
+def checked(command, what, seconds=None):
+    """What a command prints. Raises UserError if it fails or takes longer than that."""
+    try:
+        p = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise UserError(f'{what} did not end within {seconds:.0f} s') from None
+    if p.returncode:
+        raise UserError(f'{what} failed: {" ".join(p.stderr.split())[-500:]}')
+    return p.stdout
+
+
+def python(script, *flags):
+    """The command that runs one of the scripts."""
+    return [sys.executable, os.path.join(cli.TOP, script), *flags]
+
+
+def prepare(args, folder):
+    """Write what the sides share into args.shared: texts.csv for --length; a run for eval, predict
+    and startup; a file of texts for predict."""
+    place = lambda name: os.path.join(args.shared, name)  # noqa: E731
+    if args.length:
+        # all texts have one length, so a short epoch is as good as a long one
+        steps = args.steps if args.task in ('head', 'last') else min(args.steps, 4)
+        rows = args.rows or args.batch_size * steps
+        n = max(rows, 20)
+        while n - 2 * (n // 10) < rows:  # a tenth each becomes validation and test rows
+            n += 1
+        labels = ['negative', 'positive'] * (n // 2) + ['negative'] * (n % 2)
+        texts = texts_of_length(args.length, n)
+        write_rows(texts_csv(args), texts, labels)
+    if args.task in ('eval', 'predict', 'startup'):
+        ds = data.load('sst2', max_samples=20)
+        write_rows(place('few.csv'), ds.train.texts, [ds.labels[c] for c in ds.train.y])
+        flags = ['--data', place('few.csv'), '--model', folder, '--lora', '--max_steps', '1']
+        flags += ['--max_length', str(args.length or 128), '--out', place('run')]
+        flags += ['--device', args.device, '--dtype', args.dtype]
+        checked(python('train_cls.py', *flags), 'training a run')
+        if args.against and args.task != 'eval':
+            command = python('predict.py', place('run'), '--export', place('exported'))
+            checked(command, 'exporting the run')
+    if args.task == 'predict':
+        with open(place('texts.txt'), 'w', encoding='utf-8') as f:
+            f.writelines(' '.join(text.split()) + '\n' for text in texts_of(args)[0])

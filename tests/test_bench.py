@@ -2,12 +2,17 @@
 
 import contextlib
 import functools
+import importlib.machinery
+import importlib.util
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import types
 import unittest.mock
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -19,7 +24,7 @@ import lib.training
 import predict
 import train_cls
 import train_gen
-from lib import workload
+from lib import device, measure, onnxpeers, runs, sides, workload
 from lib.files import UserError, cache_dir, make_folder, read_json, write_json
 from lib.measure import CLASSES, flops
 from lib.peers import ANSWER
@@ -31,10 +36,12 @@ from tests.helpers import (
     environment,
     fresh_cache,
     hugging_face,
+    lm_logits,
     patched,
     raises,
     real_data,
     script,
+    skip,
     tmp,
     write,
 )
@@ -71,6 +78,10 @@ def little_world():
 def in_this_process(command, **kw):
     """subprocess.run of bench.py, without the seconds that an interpreter needs for torch."""
     if command[1] == '-c':
+        if command[2] == onnxpeers.MAKE:
+            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # of the exporter
+                onnxpeers.make(*command[4:])
         if command[2] == ANSWER:
             with patched(sys, 'argv', command[2:]):
                 text = script(lambda code: exec(code[0], {}), [command[2]])[1]
@@ -101,7 +112,7 @@ def little_bench():
     """Where bench.py can be run without waiting."""
     here = patched(subprocess, 'run', in_this_process)
     once = patched(lib.tokens, 'tokenizer', functools.cache(tokenizer))
-    with little_world(), here, once, patched(bench, 'matmul_rate', lambda *a: 50.0):
+    with little_world(), here, once, patched(measure, 'matmul_rate', lambda *a: 50.0):
         yield
 
 
@@ -294,7 +305,7 @@ def test_bench_flops():
         block = 4 * C * C * n + 20 * C * C + 4 * C * n
         assert flops('last', cfg, [n]) == forward + 2 * block, n
     assert flops('lora', cfg, [7, 40]) == flops('lora', cfg, [7]) + flops('lora', cfg, [40])
-    assert bench.matmul_rate('cpu', torch.float32, 64) > 0.01
+    assert measure.matmul_rate('cpu', torch.float32, 64) > 0.01
 
 
 def test_bench_memory():
@@ -350,3 +361,254 @@ def test_bench_curves():
     failed, argv = SimpleNamespace(returncode=2, stdout='error: no'), ['--task', 'curves']
     with little_world(), patched(subprocess, 'run', lambda *a, **k: failed):
         raises(UserError, bench.main, [*argv, '--data', 'sms'], match='train_gen.py --pretrain')
+
+
+# --- ONNX Runtime, OpenVINO, CTranslate2 ---
+
+
+class Session:
+    """Stands in for a package that runs an exported model: it runs the module that was saved."""
+
+    made, wrong = [], 0.0
+
+    def __init__(self, path, *settings, **more):
+        Session.made.append((path, settings))
+        self.model = torch.load(path, weights_only=False)
+
+    def run(self, _, inputs):
+        with torch.no_grad():
+            logits = self.model(*(torch.as_tensor(inputs[name]) for name in ('ids', 'n')))
+        return [logits.numpy() + Session.wrong]
+
+    def __call__(self, inputs):
+        return self.run(None, inputs)
+
+
+class Generator:
+    """Stands in for CTranslate2: scores with the plain model in the folder that it was given."""
+
+    def __init__(self, folder, **settings):
+        assert settings['intra_threads'] == torch.get_num_threads()
+        with open(os.path.join(folder, 'base.txt'), encoding='utf-8') as f:
+            self.model = GPT.from_pretrained(f.read())
+
+    def score_batch(self, rows, max_batch_size):
+        for words in rows:
+            ids = torch.tensor([[int(word[1:]) for word in words]])
+            with torch.no_grad():
+                logits = lm_logits(self.model, ids[:, :-1]).log_softmax(-1)
+            found = logits[0].gather(1, ids[0, 1:, None]).squeeze(1)
+            yield SimpleNamespace(log_probs=found.tolist())
+
+
+def package(name, **content):
+    """A module that can be imported inside patch.dict(sys.modules)."""
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    module.__dict__.update(content)
+    return module
+
+
+@contextlib.contextmanager
+def stand_ins():
+    """Packages in the place of those that may not be installed, and torch's exporter writes the
+    module itself. -> what was asked of them"""
+    asked, Session.made, Session.wrong = [], [], 0.0
+
+    def export(model, inputs, path, **settings):
+        asked.append(settings)
+        torch.save(model, path)
+
+    def quantize_dynamic(old, new, weight_type):
+        asked.append(weight_type)
+        shutil.copy(old, new)
+
+    class Converter:
+        def __init__(self, folder):
+            self.folder = folder
+
+        def convert(self, new, force):
+            vocabulary = self.load_tokenizer(None, self.folder).get_vocab()
+            assert vocabulary['t50256'] == 50256 == len(vocabulary) - 1
+            write('base.txt', self.folder, new)
+
+    options = dict(SessionOptions=SimpleNamespace, InferenceSession=Session)
+    core = SimpleNamespace(compile_model=Session)
+    found = dict(
+        onnx=package('onnx'),
+        onnxruntime=package('onnxruntime', **options),
+        openvino=package('openvino', Core=lambda: core),
+        ctranslate2=package('ctranslate2', Generator=Generator),
+        transformers=package('transformers'),
+    )
+    more = {
+        'onnxruntime.quantization': package(
+            'q', QuantType=SimpleNamespace(QInt8='QInt8'), quantize_dynamic=quantize_dynamic
+        ),
+        'ctranslate2.converters': package('c', TransformersConverter=Converter),
+    }
+    modules = unittest.mock.patch.dict(sys.modules, {**found, **more})
+    with modules, patched(torch.onnx, 'export', export):
+        yield asked
+
+
+def no_package(*names):
+    """importlib.util.find_spec that does not find them."""
+    real = importlib.util.find_spec
+    return patched(importlib.util, 'find_spec', lambda n: None if n in names else real(n))
+
+
+def bf16(native):
+    return patched(device, 'cpu_has_bf16', lambda: native)
+
+
+def test_bench_engines():
+    """The export that ONNX Runtime and OpenVINO read, and CTranslate2's models: rows of their own,
+    float32 first, batches of like length; made once."""
+    with little_bench(), stand_ins() as asked, bf16(True):
+        for task in ('eval', 'predict'):
+            flags = ['--rows', '20', '--against', 'onnxruntime', 'openvino', '--dtype', 'fp32']
+            text, found = bench_of(task, *flags)
+            names = 'nanocls', 'onnxruntime fp32', 'openvino fp32', 'openvino bf16'
+            assert list(found['rows']) == [*names, 'onnxruntime int8'], found['rows']
+            mine = found['rows']['nanocls']
+            for name in list(found['rows'])[1:]:
+                row = found['rows'][name]
+                assert row['precision'] == name.split()[1] and row['gflops'] > 0, row
+                assert row['pad_share'] < 0.1, row
+                lengths = [r['tokens_per_s'] / r['examples_per_s'] for r in (row, mine)]
+                assert abs(lengths[0] - lengths[1]) < 1e-3, (name, lengths)
+                assert f'against {name}: {found["ratio"][name]:.2f} times' in text, text
+            assert found['cpu'] and isinstance(found['instructions'], list)
+            assert text.startswith(f'{found["cpu"]} ('), text
+        assert [a if a == 'QInt8' else (a['opset_version'], a['dynamo']) for a in asked] == [
+            (17, False),
+            'QInt8',
+        ], asked
+        precisions = {how[1]['INFERENCE_PRECISION_HINT'] for _, how in Session.made if len(how) > 1}
+        assert precisions == {'f32', 'bf16'}, Session.made
+        options = [how[0] for _, how in Session.made if len(how) == 1]
+        assert {o.intra_op_num_threads for o in options} == {torch.get_num_threads()}
+        found = bench_of('gen', '--rows', '8', '--against', 'ctranslate2')[1]['rows']
+        assert list(found) == ['nanocls', 'ctranslate2 fp32', 'ctranslate2 int8'], found
+        assert found['ctranslate2 int8']['tokens_per_s'] > 0, found
+
+
+def test_bench_engines_installed():
+    """The same with the packages themselves, where they are installed."""
+    some = [n for n in ('onnxruntime', 'openvino') if importlib.util.find_spec(n)]
+    if not some or not importlib.util.find_spec('onnx'):
+        skip('neither onnxruntime nor openvino is installed')
+    with little_bench():
+        text, found = bench_of('eval', '--rows', '20', '--against', *some)
+        for name in some:
+            assert found['rows'][f'{name} fp32'].get('gflops', 0) > 0, text
+
+
+def test_bench_says_why():
+    """A peer that is not installed, computes something else or fails is a row that says why; a
+    side of ours that fails is an error, unless another one of ours is measured."""
+    flags = ['--rows', '20', '--against', 'onnxruntime', 'openvino', 'hf', '--hf', 'default']
+    gone = no_package('openvino', 'transformers')
+
+    def open_run(*where):
+        if where[-1] == 'int8':
+            raise UserError('no int8 here')
+        return real(*where)
+
+    real = runs.open_run
+    refuses = patched(runs, 'open_run', open_run)
+    with little_bench(), stand_ins(), bf16(False), gone, refuses:
+        Session.wrong = 3.0
+        text, found = bench_of('eval', *flags, '--dtype', 'fp32', 'int8')
+        rows = {name: row.get('missing', '') for name, row in found['rows'].items()}
+        assert rows['nanocls fp32'] == '' and 'int8' in rows['nanocls int8'], rows
+        assert 'computes something else' in rows['onnxruntime fp32'], rows
+        assert rows['openvino fp32'] == 'openvino is not installed', rows
+        assert rows['openvino bf16'] == 'this CPU has no native bfloat16', rows
+        assert rows['Hugging Face default'] == 'transformers is not installed', rows
+        assert text.count('openvino fp32  not measured: openvino is not installed') == 2, text
+        assert found['ratio'] == {} and found['dtype'] == ['fp32', 'int8'], found
+        argv = [*LITTLE, '--task', 'eval', '--rows', '20', '--dtype', 'int8']
+        raises(UserError, bench.main, argv, match='nanocls failed: error: no int8 here')
+        argv = [*LITTLE, '--task', 'gen', '--against', 'openvino']
+        raises(UserError, bench.main, argv, match='--against openvino is for --task eval')
+
+
+def test_bench_without_bf16():
+    """On a CPU without bfloat16: no peer and no product in bfloat16, float32 by default."""
+    rates = []
+
+    def rate(device, dtype, size=None):
+        rates.append(dtype)
+        return 50.0
+
+    with little_bench(), patched(measure, 'matmul_rate', rate), bf16(False), stand_ins():
+        args = bench.parse(['--task', 'eval', '--against', 'all', '--device', 'cpu'])[0]
+        assert args.dtypes == ['fp32'], args
+        with unittest.mock.patch.dict(sys.modules, peft=package('peft')):
+            every = {side.name: side for side in sides.sides(args)}
+        why = 'this CPU has no native bfloat16'
+        assert {n for n, s in every.items() if s.missing == why} == {
+            'Hugging Face half',
+            'openvino bf16',
+        }, every
+        assert {s.precision for s in every.values() if not s.missing} == {'fp32', 'int8'}
+        asked = bench.parse(['--dtype', 'bf16', '--hf_dtype', 'bf16', '--against', 'hf'])[0]
+        asked.device = 'cpu'
+        assert [s.missing for s in sides.sides(asked)][1:] == [why] * 3
+        bench_of('eval', '--rows', '20')
+        assert set(rates) == {torch.float32}, rates
+    with bf16(True):
+        args = bench.parse(['--device', 'cpu', '--dtype', 'int8', 'bf16', 'fp32'])[0]
+        assert args.dtypes == ['fp32', 'bf16', 'int8']
+        assert [sides.rated(args, d) for d in args.dtypes] == ['fp32', 'bf16', 'bf16']
+
+
+def test_bench_fits_the_time():
+    """Texts and steps are reduced to what --minutes hold, then turns; who gives --rows, --steps or
+    --repeats gets them."""
+
+    def planned(*flags):
+        args, given = bench.parse(['--device', 'cpu', *flags])
+        bench.check(args, given)
+        if args.fits:
+            sides.fit(args, sides.sides(args))
+        return args
+
+    world = little_world()
+    with world, patched(measure, 'matmul_rate', lambda *a: 1e6), bf16(False):
+        eval_, lora = ['--task', 'eval'], ['--task', 'lora']
+        assert (planned(*eval_).rows, planned(*lora).steps) == (3000, bench.STEPS)
+        assert planned(*eval_).seconds == 900 and planned(*eval_, '--quick').seconds == 180
+        assert (planned(*eval_).repeats, planned(*eval_, '--quick').repeats) == (2, 1)
+    with little_world(), patched(measure, 'matmul_rate', lambda *a: 50.0), bf16(False):
+        full, quick, few = (planned(*eval_, *f).rows for f in ([], ['--quick'], ['--minutes', '1']))
+        assert 3000 > full > quick > few > 16, (full, quick, few)
+        assert bench.STEPS > planned(*lora).steps > planned(*lora, '--minutes', '2').steps >= 4
+        assert planned(*eval_, '--rows', '2000').rows == 2000
+        assert planned(*eval_, '--repeats', '3').rows == 3000
+        assert planned(*eval_, '--repeats', '3', '--minutes', '1').rows < 3000
+    with little_bench():
+        flags = ['--rows', '20', '--repeats', '3', '--minutes', '0.0001']
+        text, found = bench_of('eval', *flags)
+        assert 'the time is up after turn 1 of 3' in text and text.count('turn 2,') == 0, text
+        assert found['rows']['nanocls']['blocks'] == 1, found
+    slow = patched(subprocess, 'run', lambda *a, timeout, **k: expired(timeout))
+    with slow:
+        raises(UserError, workload.checked, ['x'], 'a peer', 40, match='did not end within 40 s')
+
+
+def expired(seconds):
+    raise subprocess.TimeoutExpired('x', seconds)
+
+
+def test_bench_names_the_cpu():
+    """Its name and its instruction sets, of x86 and of ARM; no such file elsewhere."""
+    text = 'processor : 0\nmodel name\t: A CPU\nflags\t\t: fpu avx2 avx512_vnni amx_tile foo\n'
+    path = write('cpuinfo', text, tmp())
+    assert measure.cpu(path) == ('A CPU', ['avx2', 'avx512_vnni', 'amx_tile'])
+    path = write('cpuinfo', 'processor : 0\nFeatures : fp asimd i8mm\n', tmp())
+    assert measure.cpu(path)[1] == ['asimd', 'i8mm']
+    name, found = measure.cpu(os.path.join(tmp(), 'none'))
+    assert name and isinstance(found, list)

@@ -17,10 +17,11 @@ FUNCTION, MAIN, LOOP, LINE = 60, 120, 40, 100
 # rooms that know the model; the others know neither model.py nor lora.py
 KNOW_MODEL = set(
     """answers base blocks classes explain export fast foreign frozen genflags genrun gpubench init
-    packed page peers peft repeat rows rundata runfolder runs scoring selfcheck versions vocabulary
-    windows workload""".split()
+    onnxpeers packed page peers peft repeat rows rundata runfolder runs scoring selfcheck sides
+    versions vocabulary windows workload""".split()
 )
-BENCH = {'gpubench', 'measure', 'peers', 'workload'}  # rooms of bench.py, counted with it
+# rooms of bench.py, counted with it
+BENCH = {'gpubench', 'measure', 'onnxpeers', 'peers', 'sides', 'workload'}
 APART = {'fast', 'graphs', 'frozen', 'runs', 'ranks'}  # what model.py and lora.py never import
 
 
