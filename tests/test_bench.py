@@ -102,7 +102,8 @@ def bench_of(task, *flags):
     path = os.path.join(tmp(), 'figures.json')
     text = script(bench.main, ['--task', task, *LITTLE, *flags, '--json', path])[1]
     found = read_json(path)
-    assert (found['task'], found['model'], found['dtype']) == (task, 'distilgpt2', 'fp32')
+    assert (found['task'], found['model']) == (task, 'distilgpt2')
+    assert found['dtype'] in ('fp32', ['fp32', 'int8'])
     assert found['matmul_gflops'] == 50.0
     return text, found
 
@@ -410,6 +411,19 @@ def package(name, **content):
 
 
 @contextlib.contextmanager
+def importable(modules):
+    """Those modules in sys.modules; patch.dict would drop what is imported meanwhile as well."""
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            sys.modules.pop(name)
+            sys.modules.update({name: module} if module else {})
+
+
+@contextlib.contextmanager
 def stand_ins():
     """Packages in the place of those that may not be installed, and torch's exporter writes the
     module itself. -> what was asked of them"""
@@ -447,8 +461,7 @@ def stand_ins():
         ),
         'ctranslate2.converters': package('c', TransformersConverter=Converter),
     }
-    modules = unittest.mock.patch.dict(sys.modules, {**found, **more})
-    with modules, patched(torch.onnx, 'export', export):
+    with importable({**found, **more}), patched(torch.onnx, 'export', export):
         yield asked
 
 
@@ -530,7 +543,7 @@ def test_bench_says_why():
         assert text.count('openvino fp32  not measured: openvino is not installed') == 2, text
         assert found['ratio'] == {} and found['dtype'] == ['fp32', 'int8'], found
         argv = [*LITTLE, '--task', 'eval', '--rows', '20', '--dtype', 'int8']
-        raises(UserError, bench.main, argv, match='nanocls failed: error: no int8 here')
+        raises(UserError, bench.main, argv, match='no int8 here')
         argv = [*LITTLE, '--task', 'gen', '--against', 'openvino']
         raises(UserError, bench.main, argv, match='--against openvino is for --task eval')
 
@@ -546,7 +559,7 @@ def test_bench_without_bf16():
     with little_bench(), patched(measure, 'matmul_rate', rate), bf16(False), stand_ins():
         args = bench.parse(['--task', 'eval', '--against', 'all', '--device', 'cpu'])[0]
         assert args.dtypes == ['fp32'], args
-        with unittest.mock.patch.dict(sys.modules, peft=package('peft')):
+        with importable(dict(peft=package('peft'))):
             every = {side.name: side for side in sides.sides(args)}
         why = 'this CPU has no native bfloat16'
         assert {n for n, s in every.items() if s.missing == why} == {
