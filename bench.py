@@ -245,6 +245,7 @@ def parse(argv):
     add('--worker', '(internal: take one turn of this side)', metavar='SIDE')
     add('--shared', '(internal: folder that the sides share)', metavar='DIR')
     args, args.given = p.parse(argv)
+    args.repeats = args.repeats or (1 if args.quick else 2)
     native = plan.native_bf16(args.device)
     args.dtypes = list(dict.fromkeys(args.dtype or ['bf16' if native else 'fp32']))
     args.dtypes.sort(key=plan.ORDER.index)
@@ -263,11 +264,9 @@ def check(args):
     if args.rows and args.task not in ROWS:
         way_out = '; --steps sets how many rows are read' if args.task in METHODS else ''
         raise UserError(f'--rows does nothing with --task {args.task}{way_out}')
-    # who asks for a number of turns gets them
-    free = {'repeats', 'minutes', 'quick'} & args.given == {'repeats'}
+    free = {'repeats', 'minutes', 'quick'} & args.given == {'repeats'}  # as asked
     args.seconds = math.inf if free else 60 * (args.minutes or (3 if args.quick else 15))
     args.fits = not {'rows', 'steps'} & args.given and args.seconds < math.inf
-    args.repeats = args.repeats or (1 if args.quick else 2)
     args.rows = args.rows or ROWS.get(args.task)
 
 
@@ -321,7 +320,6 @@ def main(argv=None):
     if args.task == 'curves':
         from docs import curves
 
-        args.repeats = args.repeats or 2
         return curves.run(args)
     check(args)
     if args.worker:
@@ -338,7 +336,7 @@ def main(argv=None):
         workload.prepare(args, folder)
         if args.task == 'startup':  # the first time, the files come from the disk
             for side in every:
-                with contextlib.suppress(UserError):  # it will be said in its turn
+                with contextlib.suppress(UserError):  # its turn says so
                     startup(args, folder, side.key)
         found = take_turns(args, argv, folder, every, start)
     result = plan.report(args, every, *found)

@@ -557,7 +557,7 @@ def test_bench_without_bf16():
         return 50.0
 
     with little_bench(), patched(measure, 'matmul_rate', rate), bf16(False), stand_ins():
-        args = bench.parse(['--task', 'eval', '--against', 'all', '--device', 'cpu'])[0]
+        args = bench.parse(['--task', 'eval', '--against', 'all', '--device', 'cpu'])
         assert args.dtypes == ['fp32'], args
         with importable(dict(peft=package('peft'))):
             every = {side.name: side for side in sides.sides(args)}
@@ -567,13 +567,13 @@ def test_bench_without_bf16():
             'openvino bf16',
         }, every
         assert {s.precision for s in every.values() if not s.missing} == {'fp32', 'int8'}
-        asked = bench.parse(['--dtype', 'bf16', '--hf_dtype', 'bf16', '--against', 'hf'])[0]
+        asked = bench.parse(['--dtype', 'bf16', '--hf_dtype', 'bf16', '--against', 'hf'])
         asked.device = 'cpu'
         assert [s.missing for s in sides.sides(asked)][1:] == [why] * 3
         bench_of('eval', '--rows', '20')
         assert set(rates) == {torch.float32}, rates
     with bf16(True):
-        args = bench.parse(['--device', 'cpu', '--dtype', 'int8', 'bf16', 'fp32'])[0]
+        args = bench.parse(['--device', 'cpu', '--dtype', 'int8', 'bf16', 'fp32'])
         assert args.dtypes == ['fp32', 'bf16', 'int8']
         assert [sides.rated(args, d) for d in args.dtypes] == ['fp32', 'bf16', 'bf16']
 
@@ -583,8 +583,8 @@ def test_bench_fits_the_time():
     --repeats gets them."""
 
     def planned(*flags):
-        args, given = bench.parse(['--device', 'cpu', *flags])
-        bench.check(args, given)
+        args = bench.parse(['--device', 'cpu', *flags])
+        bench.check(args)
         if args.fits:
             sides.fit(args, sides.sides(args))
         return args
