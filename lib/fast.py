@@ -43,7 +43,7 @@ def speed_up(model, device, dtype, token_ids=None, pack=True):
     if model.classes and same('GPT.hidden', selfcheck.check_hidden(model, share_blocks, formula)):
         share_blocks(model)
     ends_fast = model.pooling == 'last' and isinstance(vars(model.h[-1]).get('forward'), FastBlock)
-    if hasattr(model, 'score') and ends_fast:
+    if hasattr(model, 'score') and ends_fast and not model.classes:
         if same('GPT.classify', selfcheck.check_classify(model, read_last, formula)):
             read_last(model)
     if same('GPT.next_logprobs', selfcheck.check_vocabulary(model, FastVocabulary)):
