@@ -23,8 +23,8 @@ def in_batches(
     needed; as many at a time as fit `batch_tokens` padded tokens, each read `copies` times. The
     model is in evaluation mode meanwhile. Ranks share the texts. progress: show it; (i, n) for pass
     i of n."""
-    # a CPU's cache; what fills a GPU
-    batch_tokens = batch_tokens or (512 * min(copies, 3) if device.type == 'cpu' else 65536)
+    cached = (256 if dtype == torch.float32 else 512) * min(copies, 3)  # by a CPU
+    batch_tokens = batch_tokens or (cached if device.type == 'cpu' else 65536)  # that fills a GPU
     lengths = np.minimum(tokens.lengths, max_length)
     order = np.argsort(-lengths, kind='stable')
     own = order[ranks.rank() :: ranks.world_size()]  # this rank's texts

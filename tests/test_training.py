@@ -23,8 +23,8 @@ from lib.files import UserError, read_json
 from lib.graphs import Graphs, check_graphs
 from lib.resume import load_resume
 from lib.runs import open_run
-from lib.scoring import class_logits
-from lib.tokens import tokenize, tokenizer
+from lib.scoring import class_logits, in_batches
+from lib.tokens import Tokens, tokenize, tokenizer
 from lib.training import Plan, clip_grad_norm_, lr_at, make_optimizer
 from model import GPT
 from tests.helpers import (
@@ -406,3 +406,17 @@ def test_out_of_memory_in_evaluation_takes_smaller_batches():
                 raises(UserError, run.logits, texts, match='a single text')
             else:
                 assert np.allclose(run.logits(texts), want, atol=1e-5)
+
+
+def test_batches_of_evaluation_fit_a_cache():
+    """On a CPU half as many tokens at a time in float32 as in bfloat16: the same bytes."""
+    tokens, model = Tokens(np.zeros(1000, np.int64), np.arange(0, 1001, 10)), GPT(SMALL, 2)
+    for dtype, limit in ((torch.float32, 256), (torch.bfloat16, 512)):
+        sizes = []
+
+        def fn(ids, n, index, sizes=sizes):
+            sizes.append(ids.numel())
+            return torch.zeros(len(ids), 1)
+
+        in_batches(fn, model, tokens, 128, 'first', CPU, dtype)
+        assert sum(sizes) == 1000 and limit - 10 < max(sizes) <= limit
