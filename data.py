@@ -21,7 +21,7 @@ from lib import cli, demo, flags, oddities, published, tables
 from lib.files import UserError
 from lib.report import counted
 from lib.tables import GUESSED, Format
-from lib.tokens import piece_starts, tokenize, tokenizer
+from lib.tokens import even_pieces, tokenize, tokenizer
 
 WINDOW = 100  # batches sorted by length together: 2.4 % padding on SST-2 at 16 (50: 4.4, 25: 8.1)
 
@@ -222,7 +222,7 @@ def batches(lengths, batch_size, seed, epoch, tokens=None):
     for i in range(0, len(order), size):
         window = order[i : i + size]
         window = window[np.argsort(lengths[window], kind='stable')]
-        starts = range(len(window)) if not tokens else piece_starts(lengths[window], tokens)
+        starts = range(len(window)) if not tokens else even_pieces(lengths[window], tokens)
         plan += np.split(window, starts[batch_size::batch_size])
     return [plan[i] for i in rng.permutation(len(plan))]
 

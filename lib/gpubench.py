@@ -44,6 +44,11 @@ class Row:
             values += [value] if value else []
         return statistics.median(values) if values else None
 
+    def lost(self):
+        """Why peers have no figures in the last turn."""
+        found = {PEERS[p]: self.turns[-1]['rows'].get(f'Hugging Face {p}', {}) for p in PEERS}
+        return '; '.join(f'{name}: {f["missing"]}' for name, f in found.items() if 'missing' in f)
+
     def speed(self, side=OURS):
         """Texts per second."""
         name = side if side == OURS else f'Hugging Face {side}'
@@ -111,7 +116,7 @@ def take_turns(rows, model, deadline):
             row.turns.append(measure(command_of(row.case, model), deadline - start))
             waiting += [row] if row.case.peers else []
             said = f'turn {len(row.turns)}, {row.speed():,.1f} examples/s in the median'
-            row.why = '' if row.case == row.asked else row.why
+            row.why = row.lost() if row.case == row.asked else row.why
         except UserError as e:
             row.why = said = str(e)
             if row.case.peers and not row.turns:  # a peer may be missing: ours alone

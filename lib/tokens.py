@@ -157,3 +157,14 @@ def piece_starts(lengths, limit):
         if i > starts[-1] and (i + 1 - starts[-1]) * n > limit:
             starts.append(i)
     return starts
+
+
+def even_pieces(lengths, limit):
+    """The same, with pieces as even as a lower limit makes as many of them: the last one could else
+    be a single row, and a step like any other."""
+    count, low, high = len(piece_starts(lengths, limit)), 0, limit
+    while high - low > max(1, limit // 100):
+        middle = (low + high) // 2
+        fits = len(piece_starts(lengths, middle)) <= count
+        low, high = (low, middle) if fits else (middle, high)
+    return piece_starts(lengths, high)

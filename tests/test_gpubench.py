@@ -76,6 +76,13 @@ def test_gpubench_turns():
         lone = Row(Case('a', ['x'], True))
         script(lambda argv: take_turns([lone], 'gpt2', now[0] + 90), [])
     assert lone.speed() == 7.0 and lone.why == 'no transformers here' and len(lone.turns) == 1
+    without = figures(9.0)
+    without['rows']['Hugging Face half'] = dict(missing='peft is not installed')
+    with patched(gpubench, 'measure', lambda *a: without):
+        one_turn = Row(Case('a', ['x'], False))
+        script(lambda argv: take_turns([one_turn], 'gpt2', time.monotonic() + 90), [])
+    assert one_turn.why == 'Trainer + PEFT, --bf16: peft is not installed'
+    assert one_turn.speed() == 9.0 and one_turn.speed('half') is None
     late = [Row(Case('a', ['x'], True))]
     take_turns(late, 'gpt2', time.monotonic() + 5)
     assert late[0].why == 'no time left' and not late[0].turns
