@@ -68,7 +68,7 @@ def parse(argv):
     add = cli.group(p, 'system')
     add('--base', 'their base model, if it was moved (default: as found)', cli.folder, None, 'DIR')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
-    dtypes = ('auto', 'bf16', 'fp16', 'fp32')
+    dtypes = ('auto', 'bf16', 'fp16', 'fp32', 'int8')
     add('--dtype', 'matmul precision; auto: fp32 if tested in it, or native', dtypes, 'auto')
     add('--plain', 'run the plain model, without lib/fast.py', bool)
     args, given = p.parse(argv)

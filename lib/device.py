@@ -11,7 +11,7 @@ from lib import ranks
 from lib.files import UserError
 from lib.tensors import give_back
 
-DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)
+DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32, int8=torch.int8)
 
 
 def cpu_has_bf16():
@@ -37,6 +37,8 @@ def pick_device(device='auto', dtype='auto'):
     if dtype != 'auto':
         if dtype == 'fp16' and device.type == 'cpu':
             raise UserError('--dtype fp16 needs a GPU; use bf16 or fp32 on a CPU')
+        if dtype == 'int8' and device.type != 'cpu':
+            raise UserError(f'--dtype int8 needs --device cpu; use bf16 or fp32 on {device}')
         return device, DTYPES[dtype], 'as asked'
     if device.type == 'cuda':
         if torch.cuda.get_device_capability(device) >= (8, 0):
@@ -50,8 +52,9 @@ def pick_device(device='auto', dtype='auto'):
 
 
 def autocast(device, dtype):
-    """The context in which the model computes: torch.autocast, or nothing in float32."""
-    if dtype == torch.float32:
+    """The context in which the model computes: torch.autocast, or nothing in float32 and in int8,
+    where lib/int8.py rounds."""
+    if dtype in (torch.float32, torch.int8):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 

@@ -20,13 +20,15 @@ from lora import LoRA
 from model import Conv1D
 
 
-def speed_up(model, device, dtype, token_ids=None, pack=True):
+def speed_up(model, device, dtype, token_ids=None, pack=True, matrix=None):
     """Replace parts of a GPT that was adapted and placed by faster ones of the same values.
 
     token_ids: ids of all the texts to train on; if wte trains, only their rows of it are trained
-    (lib/rows.py).  pack: False leaves the blocks plain, for torch.compile.  Frozen weights must not
-    be changed afterwards."""
-    matrix = packing(device, dtype) if pack else None
+    (lib/rows.py).  pack: False leaves the blocks plain, for torch.compile.  matrix: a class of
+    frozen matrices in place of the one for dtype (lib/int8.py).  Frozen weights must not be
+    changed afterwards."""
+    floats = packing(device, dtype) if pack else None
+    matrix = matrix or floats
     formula = matrix and matrix.formula  # in whose place the formulas are checked
     edited = {}  # {name of plain code that stays in place: how it differs}
     checked = {}
@@ -47,8 +49,8 @@ def speed_up(model, device, dtype, token_ids=None, pack=True):
         if same('GPT.classify', selfcheck.check_classify(model, read_last, formula)):
             read_last(model)
     if same('GPT.next_logprobs', selfcheck.check_vocabulary(model, FastVocabulary)):
-        packs = matrix and not model.wte.weight.requires_grad
-        model.next_logprobs = FastVocabulary(model, matrix if packs else None)
+        packs = floats and not model.wte.weight.requires_grad
+        model.next_logprobs = FastVocabulary(model, floats if packs else None)
     if token_ids is not None and model.wte.weight.requires_grad:
         if same('GPT.embed', selfcheck.check_rows(model, TrainedRows)):
             TrainedRows(model.wte, token_ids)

@@ -16,6 +16,7 @@ METHODS['cls'] = ('lora', 'head', 'last', 'full', 'adapter', 'prompt')
 ALL_METHODS = (*METHODS['cls'], *METHODS['gen'], 'pretrain')
 SELECT = ('accuracy', 'macro_f1', 'nll', 'mcc')  # names of metrics()
 POOLS = ('last', 'first', 'mean', 'pad')  # of GPT.pool
+TRAINING_DTYPES = ('auto', 'bf16', 'fp16', 'fp32')
 # where published recipes for pretrained GPT-2 start; random weights need larger steps
 LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2)
 LR.update(prefix=3e-5, pretrain=3e-5)
@@ -36,6 +37,17 @@ class OldTruncate(argparse.Action):
 def model_name(text):
     """A type for Parser: openai-community/gpt2 is gpt2, unless it is a folder."""
     return text if os.path.isdir(text) else SHORT.get(text, text)
+
+
+def training_dtype(text):
+    """A type for Parser: a precision that has gradients."""
+    if text == 'int8':
+        advice = 'train in another precision, then use eval.py or predict.py --dtype int8'
+        raise argparse.ArgumentTypeError(f'int8 has no gradients; {advice}')
+    if text not in TRAINING_DTYPES:
+        known = ', '.join(TRAINING_DTYPES)
+        raise argparse.ArgumentTypeError(f'invalid choice: {text!r} (choose from {known})')
+    return text
 
 
 def separator(text):
@@ -132,8 +144,8 @@ def optim_flags(p):
 def system_flags(p):
     add = group(p, 'system')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
-    dtypes = ('auto', 'bf16', 'fp16', 'fp32')
-    add('--dtype', 'matmul precision; auto: the fastest native one, fp32 with nano', dtypes, 'auto')
+    text = 'matmul precision; auto: the fastest native one, fp32 with nano'
+    add('--dtype', text, training_dtype, 'auto', f'{{{",".join(TRAINING_DTYPES)}}}')
     add('--compile', 'torch.compile the model', bool)
     add('--cuda_graphs', 'replay a graph per batch shape; single GPU, not benchmarked yet', bool)
     add('--gradient_checkpointing', 'recompute blocks in backward: less memory, more time', bool)

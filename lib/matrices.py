@@ -21,6 +21,7 @@ class Packed:
 
     dtype = torch.bfloat16
     slope = False  # does a forward pass keep the slope of GELU, or its argument?
+    joins = True  # may W and the updates of K classes be one matrix? see FastLoRA.fold
 
     def __init__(self, W, bias=None, backward=True):
         """backward: keep W, to pack it for gradient() as well when one is asked for."""
@@ -162,7 +163,7 @@ def packing(device, dtype):
 class Unpacked:
     """The same by plain products in float64: the formulas are checked with it on any CPU."""
 
-    dtype, slope = torch.float64, False
+    dtype, slope, joins = torch.float64, False, True
 
     def __init__(self, W, bias=None, backward=True):
         self.W, self.bias = W.detach().to(self.dtype), bias

@@ -120,7 +120,8 @@ class FastLoRA:
         enough for it to pay."""
         lora, (A, B) = self.lora, self.weights
         trains = A.requires_grad or B.requires_grad or (lora.training and lora.p)
-        thin = A.dim() == 2 or len(A) * A.shape[1] <= A.shape[2] // (4 if gelu else 16)
+        thin = len(A) * A.shape[-2] <= A.shape[-1] // (4 if gelu else 16)
+        thin = A.dim() == 2 or thin and self.matrix.joins
         return thin and not trains and not (torch.is_grad_enabled() and x.requires_grad)
 
     def fold(self, x, gelu):

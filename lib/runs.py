@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import data
 import lora
-from lib import cli, fast, scoring, selfcheck, windows
+from lib import cli, fast, int8, scoring, selfcheck, windows
 from lib.base import STAYS, base_of, data_dir_of
 from lib.classes import class_folder
 from lib.device import autocast, pick_device, place
@@ -42,7 +42,10 @@ def open_run(path, device='auto', dtype='auto', data_dir=None, plain=False, base
     if base and info['method'] not in STAYS:
         raise UserError(f'{path} holds all of its weights: --base does nothing')
     how = How(*pick_device(device, dtype), data_dir, plain, base)
-    return (open_gen if info.get('kind') == 'gen' else open_cls)(path, info, how)
+    if how.dtype == torch.int8:
+        int8.check(plain)
+    run = (open_gen if info.get('kind') == 'gen' else open_cls)(path, info, how)
+    return int8.quantize(run) if how.dtype == torch.int8 else run
 
 
 def open_to_score(path, info, args):
@@ -91,7 +94,10 @@ def encoding(model, info, data_dir):
 
 
 def prepare(model, how):
-    """Make a loaded model ready to classify: merge its LoRA, freeze it, move it, make it fast."""
+    """Make a loaded model ready to classify: merge its LoRA, freeze it, move it, make it fast. For
+    int8 leave it plain: open_run does the rest, when the run has been read in float32."""
+    if how.dtype == torch.int8:
+        return place(model.requires_grad_(False), how.device, torch.float32).eval()
     folds = not how.plain and fast.folds(how.device, how.dtype)  # speed_up merges as it packs
     if not model.classes and not folds and not selfcheck.check_merge(model):
         lora.merge(model)
