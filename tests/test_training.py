@@ -312,6 +312,10 @@ def test_training_on_batches_of_tokens():
         same_run(*outs[::-1])
         args = read_json(os.path.join(outs[0], 'run.json'))['args']
         assert (args['batch_tokens'], args['batch_size']) == (1000, None)
+    for size, said in (([], 'at most 2,000 tokens'), (['--batch_size', '8'], 'of 16 rows')):
+        again = ['--class_id', '0', '--max_steps', '2', *size, '--out', outs[0]]
+        code, text, _ = script(train_gen.main, again)  # the batches of the run, or others
+        assert not code and said in text, text
     flags = [*TINY, '--full', *'--dtype fp32 --max_steps 3 --log_every 1'.split()]
     flags += ['--max_samples', '20']
     a, b = train(*flags, '--batch_tokens', '9999')[0], train(*flags, '--batch_size', '40')[0]
