@@ -57,6 +57,8 @@ def groups(args):
 def sides(args):
     """-> [Side], float32 first, and within a precision ours first."""
     several, found = len(args.dtypes) > 1, []
+    if args.task == 'gen' and 'int8' in args.dtypes:  # which only an opened run has
+        raise UserError('--dtype int8 is not for --task gen; eval and predict open a run')
     for dtype in args.dtypes:
         name = f'nanocls {dtype}' if several else 'nanocls'
         found.append(Side(name, name, dtype, ''))

@@ -544,6 +544,8 @@ def test_bench_says_why():
         assert found['ratio'] == {} and found['dtype'] == ['fp32', 'int8'], found
         argv = [*LITTLE, '--task', 'eval', '--rows', '20', '--dtype', 'int8']
         raises(UserError, bench.main, argv, match='no int8 here')
+        argv = [*LITTLE, '--task', 'gen', '--dtype', 'fp32', 'int8']
+        raises(UserError, bench.main, argv, match='--dtype int8 is not for --task gen')
         argv = [*LITTLE, '--task', 'gen', '--against', 'openvino']
         raises(UserError, bench.main, argv, match='--against openvino is for --task eval')
 
