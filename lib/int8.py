@@ -18,9 +18,8 @@ import torch
 
 from lib import fast, ranks
 from lib.blocks import FastBlock
-from lib.device import cpu_has_bf16
 from lib.files import UserError
-from lib.matrices import Packed, Packed32, Unpacked
+from lib.matrices import Packed32, Unpacked
 from lib.packed import FastConv1D, FastLoRA
 from lib.report import counted
 from lib.tensors import give_back
@@ -76,22 +75,17 @@ class Int8:
         top = rows.amax(1, keepdim=True)
         if self.low is None:
             top = torch.maximum(top, rows.amin(1, keepdim=True).neg_()).mul_(2)
-            shift = (first + last) // 2
         else:
             top = top.sub_(self.low)
         steps = top.clamp_min_(TINY).div_(last - first)
         inverse = steps.reciprocal()
-        if self.low is None:
-            q = rows * inverse
-            q = q.add_(shift) if shift else q
-        else:
-            q = torch.addcmul(first - self.low * inverse, rows, inverse)
+        shift = (first + last) // 2 if self.low is None else first - self.low * inverse
+        q = rows * inverse  # two passes: addcmul takes longer with a factor per row
+        q = q.add_(shift) if torch.is_tensor(shift) or shift else q
         return q.round_().to(dtype), steps
 
     @staticmethod
     def gelu(x):
-        if cpu_has_bf16() and Packed.possible(x.device, Packed.dtype):
-            return Packed.gelu(x.to(Packed.dtype)).float()
         return Packed32.gelu(x)
 
 
