@@ -221,7 +221,7 @@ def parse(argv):
     add('--quick', 'a trial: one turn, 3 minutes', bool)
     add('--json', 'write the figures to FILE', metavar='FILE')
     add = cli.group(p, 'peers')
-    add('--against', 'run these peers; all: those of the task', plan.GROUPS, [], nargs='+')
+    add('--against', 'run these peers (all: those of the task)', plan.GROUPS, [], nargs='+')
     add('--hf', 'which peers of hf (default: all)', tuple(PEERS), list(PEERS), nargs='+')
     text = 'of the peers (default: fp32 of `default`, --dtype of the others)'
     add('--hf_dtype', text, dtypes)

@@ -151,6 +151,8 @@ def group(p, title):
         if kind is bool:
             return add_argument(flag, help=text, action='store_true')
         choices, kind = (kind, str) if isinstance(kind, tuple) else (None, kind)
+        if choices and 'nargs' in more:  # argparse would write all of them twice
+            text, metavar = f'{text}; of {", ".join(choices)}', 'NAME'
         kw = dict(type=kind, default=default, choices=choices, **more)
         add_argument(flag, help=text, metavar=metavar or NUMBERS.get(kind), **kw)
 

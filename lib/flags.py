@@ -21,7 +21,7 @@ TRAINING_DTYPES = ('auto', 'bf16', 'fp16', 'fp32')
 LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2)
 LR.update(prefix=3e-5, pretrain=3e-5)
 LR_SCRATCH, LR_NANO = 3e-4, dict(cls=3e-3, gen=6e-3)  # nano: LoRA on the demo's small model
-STEPS, STEPS_NANO = 800, 400  # nano: of train_cls.py, where 800 are no better
+STEPS, STEPS_NANO = 800, dict(cls=400, gen=600)  # nano: LoRA on it, where 800 gain little
 # every matrix of a block: better than attention alone at the same number of parameters
 TARGETS = 'c_attn,attn.c_proj,c_fc,mlp.c_proj'
 
@@ -116,7 +116,8 @@ def optim_flags(p):
     """-> function that adds another flag to this group, as in group()"""
     add = group(p, 'optimization')
     text = f'optimizer steps, of all classes together in train_gen.py; {STEPS} are 0.19 epochs of '
-    text += f'SST-2 (default: {STEPS}; train_cls.py with LoRA on nano {STEPS_NANO})'
+    text += f'SST-2 (default: {STEPS}; LoRA on nano: {STEPS_NANO["cls"]}, in train_gen.py '
+    text += f'{STEPS_NANO["gen"]})'
     add('--max_steps', text, positive)
     add('--epochs', 'epochs over the training rows, instead of --max_steps', above_zero)
     add('--batch_size', 'rows per forward pass', positive, 16)
@@ -210,7 +211,7 @@ def set_defaults(args):
     script = 'gen' if hasattr(args, 'pretrain') else 'cls'
     rate = LR_SCRATCH if args.scratch else LR_NANO[script] if nano else LR.get(args.method)
     args.lr = args.lr or rate
-    args.max_steps = args.max_steps or (STEPS_NANO if nano and script == 'cls' else STEPS)
+    args.max_steps = args.max_steps or (STEPS_NANO[script] if nano else STEPS)
 
 
 def strange_flags(args, saved):
