@@ -39,7 +39,7 @@ def pick_device(device='auto', dtype='auto'):
             raise UserError('--dtype fp16 needs a GPU; use bf16 or fp32 on a CPU')
         if dtype == 'int8' and device.type != 'cpu':
             raise UserError(f'--dtype int8 needs --device cpu; use bf16 or fp32 on {device}')
-        return device, DTYPES[dtype], 'as asked'
+        return device, DTYPES[dtype], f'--dtype {dtype}'
     if device.type == 'cuda':
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return device, torch.bfloat16, 'this GPU multiplies bfloat16 natively'

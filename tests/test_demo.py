@@ -94,8 +94,9 @@ def test_fallback_to_the_demo():
         environment(NANOCLS_DATA=None, HF_HOME=tmp()),
     ):
         out, text = train('--quick', '--max_steps', '2')
-        assert 'built-in demo instead' in text
-        assert read_json(os.path.join(out, 'run.json'))['model'] == 'nano'
+        assert 'built-in demo instead' in text and 'matmuls in float32: --dtype fp32' in text
+        info = read_json(os.path.join(out, 'run.json'))
+        assert info['model'] == 'nano' and info['args']['dtype'] == 'fp32'
         raises(Unavailable, train, '--data', 'sst2', match='no network')
         raises(Unavailable, train, '--data', 'demo', '--model', 'gpt2', match='no network')
 
@@ -212,4 +213,5 @@ def test_gen_fallback_to_the_demo():
             info = read_run(out)
             assert 'built-in demo instead' in text
             assert (info['model'], info['data']) == ('nano', 'demo')
+            assert 'zero' in info['method'] or 'matmuls in float32' in text
         raises(Unavailable, generate, '--data', 'sst2', match='no network')

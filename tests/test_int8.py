@@ -199,7 +199,7 @@ def test_int8_runs():
             path = tiny_run(method)
             run, text = said(lambda p=path: open_run(p, 'cpu', 'int8'))
             want = open_run(path, 'cpu', 'fp32').logits(texts)
-            assert run.dtype == torch.int8 and 'as asked' in run.reason
+            assert run.dtype == torch.int8 and run.reason == '--dtype int8'
             assert np.abs(run.logits(texts) - want).max() < 0.1 * np.abs(want).max()
             line = 'int8: 8 of 8 layers; 8 texts beside float32: logits differ by up to '
             assert text.startswith(line) and text.count('\n') == 1, text
@@ -233,7 +233,7 @@ def test_int8_scripts():
         with open(f'{path}/eval_results.json', encoding='utf-8') as f:
             before = f.read()
         code, out, err = script(evaluation.main, [path, '--dtype', 'int8', '--windows'])
-        assert code == 0 and '(cpu, int8: as asked)' in out and err.startswith('int8: ')
+        assert code == 0 and '(cpu, int8: --dtype int8)' in out and err.startswith('int8: ')
         with open(f'{path}/eval_results.json', encoding='utf-8') as f:
             assert f.read() == before
 
