@@ -141,7 +141,7 @@ def test_demo_bag_of_words():
 
 def test_demo_learns():
     """LoRA on top of `nano` in half of the default steps; the README has the full run."""
-    out, _ = train('--data', 'demo', *'--max_steps 400 --eval_every 400 --log_every 200'.split())
+    out, _ = train('--data', 'demo', *'--max_steps 200 --eval_every 200 --log_every 200'.split())
     accuracy = read_json(os.path.join(out, 'eval_results.json'))['accuracy']
     assert accuracy > 0.9, accuracy
 
