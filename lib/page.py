@@ -16,7 +16,7 @@ from lib.report import counted
 
 ERRORS = 10  # explained on the page; each takes a forward pass per word
 WIDTH, HEIGHT = 460, 280  # of a chart, pixels
-LEFT, BOTTOM = 52, 40  # room for its numbers, pixels
+LEFT, BOTTOM, TOP = 52, 40, 46  # room for its numbers and words, pixels
 BLUE, RED = '#3b82c4', '#d0603f'  # readable on white and on black
 STYLE = """:root { color-scheme: light dark }
 body { font: 16px/1.6 sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em }
@@ -84,7 +84,7 @@ def chart(title, xlabel, xlim, ylim, lines, dots=()):
 
     def at(x, y):
         x = LEFT + (x - xlim[0]) / ((xlim[1] - xlim[0]) or 1) * (WIDTH - LEFT - 10)
-        y = HEIGHT - BOTTOM - (y - ylim[0]) / ((ylim[1] - ylim[0]) or 1) * (HEIGHT - BOTTOM - 30)
+        y = HEIGHT - BOTTOM - (y - ylim[0]) / ((ylim[1] - ylim[0]) or 1) * (HEIGHT - BOTTOM - TOP)
         return f'{x:.1f}', f'{y:.1f}'
 
     def text(x, y, words, anchor, fill=''):
@@ -104,7 +104,7 @@ def chart(title, xlabel, xlim, ylim, lines, dots=()):
         points = ' '.join(','.join(at(*point)) for point in zip(xs, ys))
         style = f'fill="none" stroke="{colour}" stroke-width="1.5"'
         out.append(f'<polyline points="{points}" {style}/>')
-        out.append(text(LEFT + 8 + 130 * i, 29, name, 'start', f' style="fill:{colour}"'))
+        out.append(text(LEFT + 8 + 130 * i, 32, name, 'start', f' style="fill:{colour}"'))
     for colour, x, y, radius in dots:
         x, y = at(x, y)
         style = f'fill="{colour}" fill-opacity=".7"'
