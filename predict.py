@@ -70,8 +70,7 @@ def parse(argv):
     text = "the run's base model, if it was moved (default: where the run found it)"
     add('--base', text, cli.folder, metavar='DIR')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
-    dtypes = ('auto', 'bf16', 'fp16', 'fp32', 'int8')
-    add('--dtype', 'matmul precision; auto: the fastest native one', dtypes, 'auto')
+    add('--dtype', 'matmul precision; auto: the fastest native one', flags.DTYPES, 'auto')
     add('--plain', 'run the plain model, without lib/fast.py', bool)
     args, given = p.parse(argv)
     check(args, given)

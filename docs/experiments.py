@@ -112,16 +112,18 @@ class Study:
         self.test = some(Rows(ds.test.texts, ds.test.y), TESTED, 0)
         self.enc = tokenizer('gpt2')
 
-    def noted(self, **key):
-        """-> (all rows noted, the value of the one with this key, or None)"""
-        rows = files.read_json(self.path)['rows'] if os.path.isfile(self.path) else []
+    def noted(self):
+        """-> what is in the file: a row per accuracy"""
+        return files.read_json(self.path)['rows'] if os.path.isfile(self.path) else []
+
+    def known(self, **key):
+        """Is an accuracy with this key in the file?"""
         key = dict(data=self.name, shape=self.shape, **key)
-        same = [r['accuracy'] for r in rows if all(r.get(k) == v for k, v in key.items())]
-        return rows, key, same[0] if same else None
+        return any(all(row.get(k) == v for k, v in key.items()) for row in self.noted())
 
     def note(self, accuracy, **key):
-        rows, key, _ = self.noted(**key)
-        rows.append(dict(key, accuracy=round(float(accuracy), 4)))
+        key = dict(data=self.name, shape=self.shape, **key)
+        rows = [*self.noted(), dict(key, accuracy=round(float(accuracy), 4))]
         commit = ['git', '-C', TOP, 'rev-parse', '--short', 'HEAD']
         commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
         found = dict(command='python docs/experiments.py', commit=commit, rows=rows)
@@ -171,7 +173,7 @@ class Study:
             train = per_class(self.train, n, seed)
             key = dict(experiment='rows', condition=n or 'all', seed=seed)
             for method in ('naive Bayes', 'TF-IDF + logistic regression', *methods):
-                if self.noted(**key, method=method)[-1] is None:
+                if not self.known(**key, method=method):
                     if method == 'naive Bayes':
                         accuracy = naive_bayes(self.dataset(train), self.enc)
                     elif method.startswith('TF-IDF'):
@@ -193,29 +195,31 @@ class Study:
         for method in methods:
             key = dict(method=method, seed=seed)
             for share in (0.2, 0.4):
-                self.trained('noise', share, key, flipped(clean, share, k, seed), self.test)
+                train = flipped(clean, share, k, seed)
+                self.trained('noise', key, train, {share: self.test})
             if k == 2:
+                same, turned = (spurious(self.test, s, 0) for s in (STRENGTH, 1 - STRENGTH))
                 train = spurious(clean, STRENGTH, seed)
-                self.trained('spurious', 'same', key, train, spurious(self.test, STRENGTH, 0))
-                turned = spurious(self.test, 1 - STRENGTH, 0)
-                self.trained('spurious', 'turned', key, train, turned)
+                self.trained('spurious', key, train, dict(same=same, turned=turned))
             last = dict(experiment='drop', condition=0.5)
-            if self.noted(**key, **last)[-1] is None:
+            if not self.known(**key, **last):
                 self.moved(
                     self.fit(method, clean, steps, seed), key, np.bincount(clean.y) / len(clean.y)
                 )
 
-    def trained(self, experiment, condition, key, train, test):
-        key = dict(experiment=experiment, condition=condition, **key)
-        if self.noted(**key)[-1] is None:
+    def trained(self, experiment, key, train, tests):
+        """Train once, score on all tests {condition: rows}."""
+        keys = {c: dict(experiment=experiment, condition=c, **key) for c in tests}
+        if not all(self.known(**k) for k in keys.values()):
             run = self.fit(key['method'], train, STEPS[MIDDLE], key['seed'])
-            self.note(self.probs(run, test)[1], **key)
+            for condition, test in tests.items():
+                self.note(self.probs(run, test)[1], **keys[condition])
 
     def moved(self, run, key, prior):
         """The same run on texts that lost tokens, without and with the spurious token, and with
         the classes at 90 : 10. prior (K,): of its training rows."""
         if len(self.labels) == 2:
-            probs, accuracy = self.probs(run, self.test)
+            probs, _ = self.probs(run, self.test)
             margin = np.log(probs + 1e-30)
             margin = (margin[:, 1] - margin[:, 0]) * np.where(self.test.y == 1, 1, -1)  # nats
             nats = np.log(STRENGTH / (1 - STRENGTH))

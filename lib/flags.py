@@ -17,6 +17,7 @@ ALL_METHODS = (*METHODS['cls'], *METHODS['gen'], 'pretrain')
 SELECT = ('accuracy', 'macro_f1', 'nll', 'mcc')  # names of metrics()
 POOLS = ('last', 'first', 'mean', 'pad')  # of GPT.pool
 TRAINING_DTYPES = ('auto', 'bf16', 'fp16', 'fp32')
+DTYPES = (*TRAINING_DTYPES, 'int8')  # of eval.py and predict.py
 # where published recipes for pretrained GPT-2 start; random weights need larger steps
 LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2)
 LR.update(prefix=3e-5, pretrain=3e-5)
@@ -121,9 +122,7 @@ def optim_flags(p):
     add('--max_steps', text, positive)
     add('--epochs', 'epochs over the training rows, instead of --max_steps', above_zero)
     add('--batch_size', 'rows per forward pass', positive, 16)
-    text = (
-        'as many rows per forward pass as fit N tokens, padding included, instead of --batch_size'
-    )
+    text = 'instead of --batch_size: as many rows as fit N tokens, padding included'
     add('--batch_tokens', text, positive)
     add('--grad_accum', 'forward passes per step: batch_size x grad_accum rows', positive, 1)
     rates = ', '.join(f'{method} {rate:g}' for method, rate in LR.items())
@@ -145,7 +144,7 @@ def optim_flags(p):
 def system_flags(p):
     add = group(p, 'system')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
-    text = 'matmul precision; auto: the fastest native one, fp32 with nano'
+    text = 'matmul precision; auto: the fastest native one (LoRA on nano: fp32)'
     add('--dtype', text, training_dtype, 'auto', f'{{{",".join(TRAINING_DTYPES)}}}')
     add('--compile', 'torch.compile the model', bool)
     add('--cuda_graphs', 'replay a graph per batch shape; single GPU, not benchmarked yet', bool)
@@ -260,7 +259,7 @@ def or_demo(get, args, given, insist):
         text = textwrap.fill(text, 99, initial_indent='| ', subsequent_indent='| ')
         print(line := f'+{"-" * 98}', text, line, sep='\n', flush=True)
     args.data, args.model = 'demo', 'nano'
-    typed = {name: getattr(args, name) for name in ('lr', 'max_steps') if name in given}
-    vars(args).update({'lr': None, 'max_steps': None, **typed})
+    for name in {'lr', 'max_steps'} - given:
+        setattr(args, name, None)
     set_defaults(args)
     return get()

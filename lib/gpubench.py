@@ -4,7 +4,6 @@ which it starts once for every row of its tables."""
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections import namedtuple
@@ -88,7 +87,7 @@ def measure(flags, seconds):
     takes longer."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'figures.json')
-        command = [sys.executable, os.path.join(cli.TOP, 'bench.py'), *flags, '--json', path]
+        command = workload.python('bench.py', *flags, '--json', path)
         p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
             said = p.communicate(timeout=seconds)[1]

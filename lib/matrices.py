@@ -87,6 +87,25 @@ def identity(dtype):
     return torch.ops.mkldnn._reorder_linear_weight(torch.eye(16, dtype=dtype))
 
 
+def gelu_slope(x):
+    """-> GELU (tanh form) of x and its slope: x s and s + s (1 - s) x z', with s = sigmoid(z) and
+    z = 2 sqrt(2 / pi) (x + 0.044715 x^3). In pieces that stay in cache: together they cost what
+    torch's gelu_backward costs, which computes tanh again."""
+    x, a = x.contiguous(), 2 * math.sqrt(2 / math.pi)
+    y, slope, first = torch.empty_like(x), torch.empty_like(x), x.new_tensor(a)
+    size = PIECE * torch.get_num_threads()
+    z, s = x.new_empty(2, min(size, x.numel()))
+    for X, Y, D in zip(*(t.view(-1).split(size) for t in (x, y, slope))):
+        Z, S = z[: len(X)], s[: len(X)]
+        torch.addcmul(first, X, X, value=0.044715 * a, out=Z).mul_(X)
+        torch.sigmoid(Z, out=S)
+        torch.mul(X, S, out=Y)
+        torch.add(Z, X, alpha=-2 * a / 3, out=D)  # x z' / 3
+        torch.addcmul(S, S, S, value=-1, out=Z)
+        torch.addcmul(S, Z, D, value=3, out=D)
+    return y, slope
+
+
 class Packed32(Packed):
     """The same in float32 by MKL, which packs without loss: for CPUs without native bfloat16."""
 
@@ -116,28 +135,7 @@ class Packed32(Packed):
     def gradient(self, g):
         return multiply(g, self.transposed(), self.shape.t(), None)
 
-    @staticmethod
-    def gelu_slope(x):
-        return gelu_slope(x)
-
-
-def gelu_slope(x):
-    """-> GELU (tanh form) of x and its slope: x s and s + s (1 - s) x z', with s = sigmoid(z) and
-    z = 2 sqrt(2 / pi) (x + 0.044715 x^3). In pieces that stay in cache: together they cost what
-    torch's gelu_backward costs, which computes tanh again."""
-    x, a = x.contiguous(), 2 * math.sqrt(2 / math.pi)
-    y, slope, first = torch.empty_like(x), torch.empty_like(x), x.new_tensor(a)
-    size = PIECE * torch.get_num_threads()
-    z, s = x.new_empty(2, min(size, x.numel()))
-    for X, Y, D in zip(*(t.view(-1).split(size) for t in (x, y, slope))):
-        Z, S = z[: len(X)], s[: len(X)]
-        torch.addcmul(first, X, X, value=0.044715 * a, out=Z).mul_(X)
-        torch.sigmoid(Z, out=S)
-        torch.mul(X, S, out=Y)
-        torch.add(Z, X, alpha=-2 * a / 3, out=D)  # x z' / 3
-        torch.addcmul(S, S, S, value=-1, out=Z)
-        torch.addcmul(S, Z, D, value=3, out=D)
-    return y, slope
+    gelu_slope = staticmethod(gelu_slope)
 
 
 @functools.lru_cache(None)

@@ -14,6 +14,7 @@ import tempfile
 import numpy as np
 import torch
 
+import data
 from lib import cli, files, tokens
 from lib.files import UserError
 from lib.measure import CLASSES, timed
@@ -86,10 +87,8 @@ def in_batches(rows, extra=0):
     while start < len(order):
         width = int(rows.lengths[order[start]])
         part = order[start : start + max(1, BATCH // (width + extra))]
-        ids = np.full((len(part), width), END, np.int64)
-        for row, i in zip(ids, part):
-            row[: len(rows[i])] = rows[i]
-        yield part, ids, rows.lengths[part].astype(np.int64)
+        ids, n = data.collate(rows, part, width, 'first', END)
+        yield part, ids.numpy(), n.numpy()
         start += len(part)
 
 

@@ -78,7 +78,7 @@ def imdb(data_dir):
         valid = all(isinstance(text, str) and label in POLARITY for text, label in every)
         if valid and all(rows.values()):
             return rows, POLARITY
-    except Exception:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass  # missing or damaged: rebuilt
     rows = {s: [] for s in splits}
     for _, split, text, label in imdb_reviews(path):

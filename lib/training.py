@@ -60,11 +60,8 @@ class Plan:
     def epoch(self, number):
         """Rows of each step of an epoch; 0 is the first."""
         if self.cached[0] != number:
-            args, size = (
-                self.args,
-                self.args.grad_accum * (1 if self.tokens else self.args.batch_size),
-            )
-            rows = self.batches(self.lengths, size, args.seed, number, self.tokens)
+            size = self.args.grad_accum * (1 if self.tokens else self.args.batch_size)
+            rows = self.batches(self.lengths, size, self.args.seed, number, self.tokens)
             self.cached = number, rows
         return self.cached[1]
 

@@ -123,6 +123,8 @@ def plain(script, flags):
 
 def check(title):
     """The edit changes the losses, or the data; and the run is trained, saved, opened, tested."""
+    if not hasattr(os, 'fork'):
+        skip('this system has no fork()')
     script, _, same_start, slower = RUNS[title]
     argv = flags_of(title)
     losses, results, text = run_copy(copy_of(recipes()[title]), script, argv)
@@ -138,22 +140,16 @@ def check(title):
 
 
 def test_recipes_of_losses_and_data():
-    if not hasattr(os, 'fork'):
-        skip('this system has no fork()')
     for title in [t for t in RUNS if 'loss' in t or 'data' in t]:
         check(title)
 
 
 def test_recipes_of_the_model():
-    if not hasattr(os, 'fork'):
-        skip('this system has no fork()')
     for title in [t for t in RUNS if re.match('The (block|MLP|attention|head|pooling)', t)]:
         check(title)
 
 
 def test_recipes_of_lora():
-    if not hasattr(os, 'fork'):
-        skip('this system has no fork()')
     for title in [t for t in RUNS if 'LoRA' in t]:
         check(title)
 
