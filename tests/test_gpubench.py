@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 
 import bench
-from lib import gpubench
+from lib import gpubench, workload
 from lib.files import UserError, read_json
 from lib.gpubench import Case, Row, cases, command_of, measure, tables, take_turns
 from tests.helpers import TOP, patched, raises, script, tmp
@@ -108,7 +108,7 @@ def test_gpubench_tables():
 
 def test_gpubench_ends_what_takes_too_long():
     def command(code):
-        return patched(gpubench, 'sys', SimpleNamespace(executable=code))
+        return patched(workload, 'sys', SimpleNamespace(executable=code))
 
     folder = tmp()
     for name, text in (
