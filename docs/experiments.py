@@ -123,7 +123,8 @@ class Study:
 
     def note(self, accuracy, **key):
         key = dict(data=self.name, shape=self.shape, **key)
-        rows = [*self.noted(), dict(key, accuracy=round(float(accuracy), 4))]
+        rows = [r for r in self.noted() if any(r.get(k) != v for k, v in key.items())]
+        rows.append(dict(key, accuracy=round(float(accuracy), 4)))
         commit = ['git', '-C', TOP, 'rev-parse', '--short', 'HEAD']
         commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
         found = dict(command='python docs/experiments.py', commit=commit, rows=rows)
@@ -180,6 +181,9 @@ class Study:
                         accuracy = linear(train, self.test)
                     else:
                         run = self.fit(method, train, STEPS[n], seed)
+                        if n == MIDDLE:
+                            prior = np.bincount(train.y) / len(train.y)
+                            self.moved(run, dict(seed=seed, method=method), prior)
                         accuracy = self.probs(run, self.test)[1]
                     if accuracy is not None:
                         self.note(accuracy, **key, method=method)
@@ -187,11 +191,10 @@ class Study:
     def dataset(self, train):
         return data.Dataset(self.name, self.labels, train, self.val, self.test, [], data.GUESSED)
 
-    def shifts(self, seed, methods):
-        """What one run, trained on clean rows, does on other test rows; and training on rows that
-        are not clean."""
+    def unclean(self, seed, methods):
+        """Training on rows with flipped labels, or with a spurious token."""
         clean = per_class(self.train, MIDDLE, seed)
-        steps, k = STEPS[MIDDLE], len(self.labels)
+        k = len(self.labels)
         for method in methods:
             key = dict(method=method, seed=seed)
             for share in (0.2, 0.4):
@@ -201,11 +204,6 @@ class Study:
                 same, turned = (spurious(self.test, s, 0) for s in (STRENGTH, 1 - STRENGTH))
                 train = spurious(clean, STRENGTH, seed)
                 self.trained('spurious', key, train, dict(same=same, turned=turned))
-            last = dict(experiment='drop', condition=0.5)
-            if not self.known(**key, **last):
-                self.moved(
-                    self.fit(method, clean, steps, seed), key, np.bincount(clean.y) / len(clean.y)
-                )
 
     def trained(self, experiment, key, train, tests):
         """Train once, score on all tests {condition: rows}."""
@@ -216,8 +214,9 @@ class Study:
                 self.note(self.probs(run, test)[1], **keys[condition])
 
     def moved(self, run, key, prior):
-        """The same run on texts that lost tokens, without and with the spurious token, and with
-        the classes at 90 : 10. prior (K,): of its training rows."""
+        """What a run that was trained on clean rows does on other test rows: with the spurious
+        token (predicted), with classes at 90 : 10, without some of the tokens.
+        prior (K,): of its training rows."""
         if len(self.labels) == 2:
             probs, _ = self.probs(run, self.test)
             margin = np.log(probs + 1e-30)
@@ -276,7 +275,7 @@ def main(argv=None):
             study = Study(name, args.shape, args.json, folder)
             for seed in args.seeds:
                 study.few_rows(seed, args.methods)
-                study.shifts(seed, [m for m in args.methods if 'LoRA' not in m])
+                study.unclean(seed, [m for m in args.methods if 'LoRA' not in m])
 
 
 if __name__ == '__main__':
