@@ -12,6 +12,7 @@ training texts without their labels."""
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,7 +43,8 @@ METHODS = {
     'generative': (train_gen, '--full --lr 2e-3'),
     'discriminative, LoRA': (train_cls, '--lora --lr 3e-3'),
     'generative, LoRA': (train_gen, '--lora --lr 6e-3'),
-    'generative, posterior': (train_gen, '--full --lr 2e-3 --posterior_steps 100'),
+    # goes on with a run of the one above
+    'generative, LoRA, posterior': (train_gen, '--resume --posterior_steps 100'),
 }
 
 
@@ -98,7 +100,8 @@ class Study:
     """One data set and one shape: trains runs in a folder, notes accuracies in a file."""
 
     def __init__(self, name, shape, path, folder):
-        self.name, self.path, self.folder, self.base = name, path, folder, None
+        self.name, self.path, self.folder = name, path, folder
+        self.latest = None  # (rows, seed, folder) of the last run of 'generative, LoRA'
         self.shape = '{}x{}'.format(*shape)
         heads = max(1, shape[1] // 64)
         sizes = (
@@ -134,6 +137,12 @@ class Study:
     def fit(self, method, train, steps, seed):
         """Train on rows -> opened run."""
         script, flags = METHODS[method]
+        if '--resume' in flags:
+            if not self.latest or self.latest[:2] != (train, seed):
+                self.fit('generative, LoRA', train, steps, seed)
+            out = self.latest[2]
+            self.call(script, [*flags.split(), '--out', out])
+            return open_run(out)
         where = tempfile.mkdtemp(dir=self.folder)
         for split, rows in dict(train=train, val=self.val, test=self.val[np.arange(20)]).items():
             labels = [self.labels[c] for c in rows.y]
@@ -142,25 +151,30 @@ class Study:
         model = ['--model', self.language_model()] if '--lora' in flags else self.new
         argv = ['--data', where, '--text_col', 'text', '--label_col', 'label', *model]
         argv += [*flags.split(), '--max_steps', str(steps), '--max_length', str(LENGTH)]
+        argv += ['--eval_every', '100000']
         self.call(script, [*argv, '--seed', str(seed), '--schedule', 'cosine', '--out', out])
+        if method == 'generative, LoRA':
+            self.latest = train, seed, out
         return open_run(out)
 
     def language_model(self):
         """The folder of the base model of the LoRA methods, trained when it is first asked for."""
-        if not self.base:
-            self.base = os.path.join(self.folder, f'base-{self.name}-{self.shape}')
-            texts = os.path.join(self.folder, f'{self.name}.txt')
+        base = os.path.join(files.cache_dir(), 'experiments', f'{self.name}-{self.shape}')
+        if not os.path.isdir(base):
+            texts, out = (os.path.join(self.folder, name) for name in ('texts.txt', 'base'))
             lines = (' '.join(text.split()) for text in self.train.texts)
             files.write_atomic(texts, '\n'.join(lines) + '\n')
             argv = ['--pretrain', '--data', texts, *self.new, '--max_length', str(LENGTH)]
             argv += '--epochs 2 --batch_size 32 --lr 2e-3 --schedule cosine'.split()
-            self.call(train_gen, [*argv, '--out', self.base])
-        return self.base
+            self.call(train_gen, [*argv, '--out', out])
+            shutil.copytree(out, base + '.part', dirs_exist_ok=True)
+            os.replace(base + '.part', base)
+        return base
 
     @staticmethod
     def call(script, argv):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            script.main([*argv, '--log_every', '100000', '--eval_every', '100000'])
+            script.main([*argv, '--log_every', '100000'])
 
     def probs(self, run, rows):
         """-> probabilities (N, K) of an opened run on rows, accuracy"""
