@@ -34,9 +34,9 @@ from lib.tokens import tokenize, tokenizer
 from lib.workload import write_rows
 
 SIZES = 8, 32, 128, 512, None  # training rows per class; None: all
-STEPS = {8: 100, 32: 150, 128: 300, 512: 600, None: 1500}  # of 16 rows
+STEPS = {8: 60, 32: 100, 128: 200, 512: 400, None: 800}  # of 16 rows
 MIDDLE = 512  # rows per class of the experiments that are not about their number
-TESTED, VALIDATED, LENGTH = 1000, 200, 64  # rows at most, rows at most, tokens per text
+TESTED, VALIDATED, LENGTH = 500, 200, 32  # rows at most, rows at most, tokens per text
 TOKEN, STRENGTH = 'zebra', 0.95  # in front of so many texts of one class, else of the other
 METHODS = {
     'discriminative': (train_cls, '--full --lr 1e-3'),
@@ -44,7 +44,7 @@ METHODS = {
     'discriminative, LoRA': (train_cls, '--lora --lr 3e-3'),
     'generative, LoRA': (train_gen, '--lora --lr 6e-3'),
     # goes on with a run of the one above
-    'generative, LoRA, posterior': (train_gen, '--resume --posterior_steps 100'),
+    'generative, LoRA, posterior': (train_gen, '--resume --posterior_steps 50'),
 }
 
 
@@ -195,7 +195,7 @@ class Study:
                         accuracy = linear(train, self.test)
                     else:
                         run = self.fit(method, train, STEPS[n], seed)
-                        if n == MIDDLE:
+                        if n == MIDDLE and 'LoRA' not in method:
                             prior = np.bincount(train.y) / len(train.y)
                             self.moved(run, dict(seed=seed, method=method), prior)
                         accuracy = self.probs(run, self.test)[1]
