@@ -25,13 +25,14 @@ import unittest
 
 import numpy as np
 import torch
+import torch._dynamo  # the first optimizer would import it
 import torch.nn.functional as F
 
 import eval as evaluation  # not `eval`, which is Python's own
 import lora
 import train_cls
 import train_gen
-from lib import checkpoints
+from lib import checkpoints, demo, workload
 from lib.cli import exit_code
 from lib.files import read_json, sha256_file, write_json
 from lib.metrics import softmax
@@ -344,8 +345,22 @@ def lm_logits(model, ids):
 
 # --- the training scripts on small data ---
 
+
+ROWS = demo.labelled()
+demo.labelled = lambda: {split: list(rows) for split, rows in ROWS.items()}  # not made again
+
+
+def small_demo(rows=(('train', 240), ('val', 60), ('test', 100))):
+    """A folder with the first rows of the demo."""
+    folder = os.path.join(tmp(), 'demo')
+    os.mkdir(folder)
+    for split, n in rows:
+        workload.write_rows(os.path.join(folder, f'{split}.csv'), *zip(*ROWS[split][:n]))
+    return folder
+
+
 SCRATCH = '--model nano --scratch --n_layer 2 --n_head 2 --n_embd 32'.split()
-TINY = '--data demo --scratch --n_layer 2 --n_head 2 --n_embd 32 --quick'.split()
+TINY = ['--data', small_demo(), *SCRATCH, '--quick']
 FLAGS = dict(lora=['--lora'], head=['--head'], last=['--last', '1'], full=['--full'])
 FLAGS.update(adapter=['--adapter', '--bottleneck', '4'], prompt=['--prompt', '3'])
 

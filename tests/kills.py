@@ -14,13 +14,13 @@ import train_cls
 import train_gen
 from lib.cli import exit_code
 from lib.files import UserError
-from tests.helpers import FLAGS, METHODS, records, skip, tmp, topics, tree
+from tests.helpers import FLAGS, METHODS, TINY, records, skip, tmp, topics, tree
 
 NANO = '--model nano --scratch --n_head 2 --n_embd 16 --max_samples 30'.split()
 KILLS = {}
 for method in METHODS:
     depth = ['--n_layer', '2' if method == 'last' else '1']
-    flags = ['--data', 'demo', *NANO, *depth, *FLAGS[method]]
+    flags = [*TINY[:2], *NANO, *depth, *FLAGS[method]]
     KILLS[f'train_cls {method}'] = (train_cls.main, flags)
 for flags in ('--lora --posterior_steps 4', '--full', '--prefix', '--pretrain'):
     rows = ['--data', 'TOPICS', *NANO, '--n_layer', '1', '--block_size', '64']

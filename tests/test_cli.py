@@ -106,7 +106,7 @@ def test_flags_that_make_no_sense():
         (['--prompt', '300', *TINY], '--prompt 300'),
         (['--max_length', '999', *TINY], '--max_length 999'),
         (['--bottleneck', '4'], '--adapter'),
-        (['--n_head', '5', *TINY[:3]], 'not a multiple'),
+        (['--n_head', '5', *TINY[:5]], 'not a multiple'),
         (['--resume', '--out', tmp()], 'no resume.pt'),
         (['--device', 'abacus', *TINY], 'abacus'),
     ):
@@ -373,7 +373,7 @@ def test_main_returns_results_in_a_thread():
     for main, flags in ((train_cls.main, TINY), (train_gen.main, [*TINY, '--max_steps', '4'])):
         out = os.path.join(tmp(), 'run')
         found = in_thread(main, [*flags, '--out', out])
-        assert found['out'] == out and found['test']['n'] == 200
+        assert found['out'] == out and found['test']['n'] == 100
         assert found['test'] == read_json(os.path.join(out, 'eval_results.json'))
         assert found['val'] == read_json(os.path.join(out, 'run.json'))['results']
         scored = in_thread(evaluation.main, [out])['runs'][0]

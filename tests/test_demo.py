@@ -1,11 +1,11 @@
 """lib/demo.py: the built-in data set and its model."""
 
-import functools
 import glob
 import hashlib
 import os
 import re
 import subprocess
+import sys
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from lib.scoring import text_logprobs
 from lib.tokens import tokenize, tokenizer
 from model import GPT
 from tests.helpers import (
+    TOP,
     environment,
     fresh_cache,
     generate,
@@ -140,10 +141,10 @@ def test_demo_bag_of_words():
 
 
 def test_demo_learns():
-    """LoRA on top of `nano` in half of the default steps; the README has the full run."""
-    out, _ = train('--data', 'demo', *'--max_steps 200 --eval_every 200 --log_every 200'.split())
+    """LoRA on top of `nano` in a quarter of the default steps; the README has the full run."""
+    out, _ = train('--data', 'demo', *'--max_steps 100 --eval_every 100 --log_every 100'.split())
     accuracy = read_json(os.path.join(out, 'eval_results.json'))['accuracy']
-    assert accuracy > 0.9, accuracy
+    assert accuracy > 0.8, accuracy  # a bag of words reaches 0.74
 
 
 def test_nano_is_what_its_command_makes():
@@ -169,8 +170,12 @@ def test_nano_can_be_made_again():
     """The command, with fewer steps: what it writes is what nano loads."""
     flags = '--pretrain --data demo --model nano --scratch --max_samples 40 --max_steps 2'
     folder = os.path.join(tmp(), 'nano')
-    silent = functools.partial(subprocess.run, capture_output=True)
-    with patched(lib.demo, 'NANO_FLAGS', flags), patched(subprocess, 'run', silent):
+
+    def run(command, cwd, check):  # in this process, to save the imports
+        assert command[:2] == [sys.executable, 'train_gen.py'] and cwd == TOP and check
+        assert script(train_gen.main, command[2:])[0] == 0
+
+    with patched(lib.demo, 'NANO_FLAGS', flags), patched(subprocess, 'run', run):
         lib.demo.make_nano(folder)
     made = read_json(os.path.join(folder, 'made.json'))
     assert made['command'].endswith(flags) and 'val_loss' in made['losses'][-1]

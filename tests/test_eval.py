@@ -488,11 +488,11 @@ def test_eval_samples():
     raises(UserError, run_eval, both, match='--eval_samples has no meaning with --preds')
     flags = [*TINY, '--head', '--max_steps', '2', '--eval_samples', '20']
     out, text = train(*flags)
-    assert '20 validation, 200 test' in text, text
+    assert '20 validation, 100 test' in text, text
     assert len(read_json(os.path.join(out, 'val_preds.json'))) == 20
     info = read_json(os.path.join(out, 'run.json'))
     assert info['args']['eval_samples'] == info['rows']['val'] == 20
-    assert read_json(os.path.join(out, 'eval_results.json'))['n'] == 200
+    assert read_json(os.path.join(out, 'eval_results.json'))['n'] == 100
     scored = run_eval([out, '--split', 'val', '--dtype', 'fp32'])[0]
     assert ', 20 texts' in scored, scored  # the same rows
     raises(UserError, train, *flags[:-1], '1', match='--eval_samples 1 is less than the 2 classes')

@@ -56,8 +56,8 @@ def test_every_method_end_to_end():
         out = tiny_run(method)
         info, results = (read_json(os.path.join(out, f'{x}.json')) for x in ('run', 'eval_results'))
         assert (info['method'], info['labels']) == (method, ['negative', 'positive'])
-        assert (info['data'], info['model'], info['seed']) == ('demo', 'nano', 1337)
-        assert results['n'] == 200 and sum(map(sum, results['confusion'])) == 200
+        assert (info['data'], info['model'], info['seed']) == (TINY[1], 'nano', 1337)
+        assert results['n'] == 100 and sum(map(sum, results['confusion'])) == 100
         keys = {'step', 'loss', 'lr', 'examples_per_s', 'tokens_per_s', 'pad_share'}
         assert any(keys | {'train_accuracy'} == set(r) for r in records(out))
         assert {'val_loss', 'val_accuracy'} <= set(records(out)[-1])
