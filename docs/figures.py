@@ -1,0 +1,221 @@
+"""The pictures of README.md and docs/, drawn from the numbers in docs/results/.
+
+    python docs/figures.py                        draws docs/*.svg
+    python docs/figures.py --runs CLASSIFIER GEN  first takes the numbers of docs/results/demo.json
+                                                  from two runs on the demo
+
+Nothing but SVG is written here, in colours that can be read on white and on black."""
+
+import html
+import os
+import sys
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if TOP not in sys.path:
+    sys.path.insert(0, TOP)
+
+import numpy as np
+
+import data
+from lib import cli, files
+from lib.explain import explain
+from lib.intervals import mean_interval
+from lib.metrics import reliability
+from lib.runs import open_run
+
+RESULTS = os.path.join(TOP, 'docs', 'results')
+GREY, BLUE, RED, GREEN, PURPLE, OCHRE = (
+    *('#7a828c', '#3b82c4', '#d0603f', '#2f9e6e', '#9a6dd7', '#b8862b'),
+)
+LINES = {  # method: colour, dashes
+    'naive Bayes': (GREEN, ''),
+    'TF-IDF + logistic regression': (OCHRE, ''),
+    'discriminative': (BLUE, ''),
+    'discriminative, LoRA': (BLUE, '5 4'),
+    'generative': (RED, ''),
+    'generative, LoRA': (RED, '5 4'),
+}
+TITLES = dict(sms='SMS Spam', sst2='SST-2', agnews='AG News', imdb='IMDB')
+TEXT = 'the old garden was not at all lovely, but the music sounded warm'
+
+
+class Picture:
+    """An SVG of a width and a height in pixels, (0, 0) at the top left."""
+
+    def __init__(self, width, height):
+        size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        font = 'font-family="sans-serif" font-size="12"'
+        self.parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {font}>']
+
+    def text(self, x, y, words, colour=GREY, anchor='start', weight='normal'):
+        style = f'fill="{colour}" text-anchor="{anchor}" font-weight="{weight}"'
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{html.escape(words)}</text>')
+
+    def line(self, points, colour=GREY, dashes='', width=2.0):
+        points = ' '.join(f'{x:.1f},{y:.1f}' for x, y in points)
+        style = f'stroke="{colour}" stroke-width="{width}" stroke-dasharray="{dashes}"'
+        self.parts.append(f'<polyline points="{points}" fill="none" {style}/>')
+
+    def box(self, x, y, width, height, colour, opacity=1.0):
+        size = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+        self.parts.append(f'<rect {size} rx="2" fill="{colour}" fill-opacity="{opacity:.2f}"/>')
+
+    def dot(self, x, y, radius, colour):
+        where = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"'
+        self.parts.append(f'<circle {where} fill="{colour}" fill-opacity="0.75"/>')
+
+    def save(self, name):
+        path = os.path.join(TOP, 'docs', name)
+        files.write_atomic(path, '\n'.join(self.parts) + '\n</svg>\n')
+        print(path)
+
+
+class Axes:
+    """A plot in a part of a picture: x from 0 to 1, y from low to high in percent."""
+
+    def __init__(self, picture, left, top, width, height, low, high=100):
+        self.picture, self.left, self.top = picture, left, top
+        self.width, self.height, self.low, self.high = width, height, low, high
+        for value in np.linspace(low, high, 6):
+            _, y = self.at(0, value)
+            picture.line([(left, y), (left + width, y)], width=0.4)
+            picture.text(left - 6, y + 4, f'{value:.0f}', anchor='end')
+
+    def at(self, x, percent):
+        y = self.top + self.height * (self.high - percent) / (self.high - self.low)
+        return self.left + self.width * x, y
+
+    def title(self, words):
+        self.picture.text(self.left, self.top - 10, words, weight='bold')
+
+
+def curves(rows):
+    """Accuracy by training rows per class, a panel per data set; bars are the 95 % intervals of
+    the means over seeds (Student's t)."""
+    rows = [row for row in rows if row['experiment'] == 'rows']
+    names = [name for name in TITLES if any(row['data'] == name for row in rows)]
+    sizes = [8, 32, 128, 512, 'all']
+    p = Picture(300 * len(names) + 10, 330)
+    for i, (method, (colour, dashes)) in enumerate(LINES.items()):
+        x, y = 40 + 215 * (i // 2), 16 + 18 * (i % 2)
+        p.line([(x, y - 4), (x + 24, y - 4)], colour, dashes)
+        p.text(x + 30, y, method, colour)
+    for i, name in enumerate(names):
+        lowest = min(row['accuracy'] for row in rows if row['data'] == name)
+        axes = Axes(p, 300 * i + 40, 76, 250, 200, 100 * np.floor(5 * lowest) / 5)
+        axes.title(f'{TITLES[name]}, test accuracy in %')
+        for j, size in enumerate(sizes):
+            p.text(axes.at(0.04 + 0.23 * j, 0)[0], 296, str(size), anchor='middle')
+        p.text(axes.at(0.5, 0)[0], 318, 'training rows per class', anchor='middle')
+        for method, (colour, dashes) in LINES.items():
+            points = []
+            for j, size in enumerate(sizes):
+                key = dict(data=name, method=method, condition=size)
+                found = [r['accuracy'] for r in rows if all(r[k] == v for k, v in key.items())]
+                if found:
+                    mean, half = mean_interval(100 * np.array(found))
+                    points.append(axes.at(0.04 + 0.23 * j, mean))
+                    ends = (max(axes.low, mean - (half or 0)), min(100, mean + (half or 0)))
+                    p.line([axes.at(0.04 + 0.23 * j, e) for e in ends], colour, width=0.7)
+                    p.dot(*points[-1], 2.5, colour)
+            p.line(points, colour, dashes)
+    p.save('curves.svg')
+
+
+def calibration(found):
+    """Accuracy by predicted probability, without tau and b_c and with them; areas are numbers of
+    texts."""
+    p = Picture(640, 330)
+    for i, (name, title) in enumerate(dict(bayes="Bayes' rule", calibrated='tau, b_c').items()):
+        bins, low = found['reliability'][name], 100 / found['classes']
+        axes = Axes(p, 320 * i + 40, 50, 260, 220, 0)
+        axes.title(f'{title}: ECE {found["ece"][name]:.3f}')
+        p.line([axes.at(0, low), axes.at(1, 100)], dashes='4 4', width=1)
+        for x, words in ((0, f'{low:.0f}'), (1, '100')):
+            p.text(axes.at(x, 0)[0], 288, words, anchor='middle')
+        p.text(axes.at(0.5, 0)[0], 312, 'probability of the predicted class, %', anchor='middle')
+        most = max(n for n, _, _ in bins)
+        for n, probability, accuracy in bins:
+            x = (100 * probability - low) / (100 - low)
+            p.dot(*axes.at(x, 100 * accuracy), 2 + 10 * (n / most) ** 0.5, (RED, BLUE)[i])
+    p.text(40, 20, 'accuracy in %, generative run on the demo')
+    p.save('reliability.svg')
+
+
+def explained(found):
+    """What every word of a text does for the decision: a bar per word, for both classifiers."""
+    kinds = dict(discriminative='leaving the word out lowers the lead by (logits)')
+    kinds['generative'] = 'log P(word | class) - log P(word | other class), nats'
+    rows = max(len(e['words']) for e in found['explained'].values())
+    p = Picture(760, 70 + 22 * rows)
+    for i, (kind, what) in enumerate(kinds.items()):
+        e, left = found['explained'][kind], 380 * i
+        p.text(left + 10, 16, f'{kind}: {e["label"]} ({100 * e["probability"]:.0f} %)', BLUE)
+        p.text(left + 10, 36, what)
+        scale = 110 / max(abs(value) for _, value in e['words'])
+        for j, (word, value) in enumerate(e['words']):
+            y, length = 62 + 22 * j, abs(value) * scale
+            p.text(left + 90, y, word.strip(), anchor='end')
+            start = left + 210 - (length if value < 0 else 0)
+            p.box(start, y - 11, length, 14, BLUE if value > 0 else RED, 0.8)
+            end = left + 210 + (length + 5 if value > 0 else -length - 5)
+            p.text(end, y, f'{value:+.2f}', anchor='start' if value > 0 else 'end')
+    p.save('explained.svg')
+
+
+def speed(found):
+    """Bars of what was measured beside each other, a group per task."""
+    groups = found['groups']
+    p, y = Picture(720, 20 + sum(34 + 22 * len(g['values']) for g in groups)), 20
+    for group in groups:
+        p.text(10, y, f'{group["what"]}, {group["unit"]}', weight='bold')
+        scale = 340 / max(group['values'].values())
+        for name, value in group['values'].items():
+            y += 22
+            ours = name.startswith('nanocls')
+            p.text(250, y, name, BLUE if ours else GREY, 'end')
+            p.box(258, y - 12, scale * value, 15, BLUE if ours else GREY, 0.85)
+            p.text(264 + scale * value, y, f'{value:,.4g}')
+        y += 34
+    p.save('speed.svg')
+
+
+def of_runs(paths):
+    """Two runs on the demo -> the numbers of calibration() and explained(), as a dict."""
+    test = data.load('demo').test
+    found = dict(text=TEXT, reliability={}, ece={}, explained={})
+    for kind, path in zip(('discriminative', 'generative'), paths):
+        run = open_run(path)
+        _, words = explain(run, TEXT)
+        probs = run.probs(run.logits([TEXT]))[0]
+        words = [(word, round(float(value), 3)) for word, value in words]
+        label, probability = run.labels[int(probs.argmax())], round(float(probs.max()), 4)
+        found['explained'][kind] = dict(label=label, probability=probability, words=words)
+        for rule in ('bayes', 'calibrated') if kind == 'generative' else ():
+            run.rule = rule
+            probs = run.probs(run.logits(test.texts))
+            count, mean, accuracy = reliability(probs, test.y)
+            found['ece'][rule] = float((count * abs(mean - accuracy)).sum() / count.sum())
+            bins = zip(count.tolist(), mean.round(4).tolist(), accuracy.round(4).tolist())
+            found['reliability'][rule] = [b for b in bins if b[0]]
+            found['classes'] = len(run.labels)
+    return found
+
+
+def main(argv=None):
+    p = cli.Parser(description=__doc__, prog='figures.py')
+    p.add_argument('--runs', nargs=2, metavar='RUN', help='on the demo: train_cls.py, train_gen.py')
+    args, _ = p.parse(argv)
+    path = os.path.join(RESULTS, 'demo.json')
+    if args.runs:
+        commands = ['python train_cls.py --lora --r 8', 'python train_gen.py --lora --r 8']
+        files.write_json(path, dict(commands=commands, **of_runs(args.runs)))
+    demo = files.read_json(path)
+    curves(files.read_json(os.path.join(RESULTS, 'experiments.json'))['rows'])
+    calibration(demo)
+    explained(demo)
+    speed(files.read_json(os.path.join(RESULTS, 'speed.json')))
+
+
+if __name__ == '__main__':
+    cli.run(main)
