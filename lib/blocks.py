@@ -57,17 +57,38 @@ def gelu_of(layer, x):
     return F.gelu(layer(x), approximate='tanh')
 
 
+class Rows:
+    """Where the rows (n, C) of real tokens are in a batch (B, T, C) that is padded on the right.
+    lengths (B,)"""
+
+    def __init__(self, lengths, T):
+        real = torch.arange(T, device=lengths.device) < lengths[:, None]  # (B, T)
+        self.shape, self.index = real.shape, real.flatten().nonzero().squeeze(1)
+        self.last = lengths.cumsum(0) - 1  # (B,) row of each text's last token
+
+    def spread(self, x):
+        """(n, C) -> (B, T, C), pads are 0"""
+        out = x.new_zeros(self.shape.numel(), x.shape[-1])
+        return out.index_copy_(0, self.index, x).view(*self.shape, -1)
+
+    def gather(self, x):
+        """(B, T, C) -> (n, C)"""
+        return x.flatten(0, 1)[self.index]
+
+
 class FastAttention:
     def __init__(self, attn, matrix):
         self.attn = attn
         self.c_attn, self.c_proj = (make_layer(m, matrix) or m for m in (attn.c_attn, attn.c_proj))
 
-    def __call__(self, x, last=None):
-        """x (B, T, C) -> the same; with last (B,) positions -> (B, 1, C), those alone."""
-        B, T, C = x.shape
+    def __call__(self, x, last=None, rows=None):
+        """x (B, T, C), or (n, C) with rows -> the same; with last (B,) positions -> (B, 1, C),
+        those alone."""
         qkv = self.c_attn(x)
         if x.device.type == 'cpu':  # in bfloat16 its kernel takes twice as long, backward six times
             qkv = qkv.to(wide(qkv.dtype))
+        qkv = rows.spread(qkv) if rows else qkv
+        B, T, C = *qkv.shape[:2], x.shape[-1]
         q, k, v = qkv.split(C, dim=2)
         mask = None
         if last is not None:  # one query per text, which sees all up to itself
@@ -78,7 +99,9 @@ class FastAttention:
         p = self.attn.attn_drop.p if self.attn.training else 0.0
         with torch.autocast(x.device.type, enabled=False):  # else it would round q, k, v again
             y = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=mask is None)
-        return self.attn.resid_drop(self.c_proj(y.transpose(1, 2).reshape(B, -1, C)))
+        y = y.transpose(1, 2).reshape(B, -1, C)
+        y = rows.gather(y) if rows and last is None else y
+        return self.attn.resid_drop(self.c_proj(y))
 
     def taped(self, x, tape):  # (B, T, C) -> the same
         qkv = self.c_attn.taped(x, tape, own=True).to(wide(x.dtype))
@@ -136,17 +159,18 @@ class FastBlock:
             and hasattr(torch.ops.aten, FLASH)
         )
 
-    def __call__(self, x, last=None):
-        """x (B, T, C) -> the same; with last (B,), one position of each text -> (B, 1, C): all that
-        a classifier needs of the last block, a quarter of its work."""
+    def __call__(self, x, last=None, rows=None):
+        """x (B, T, C), or (n, C) with rows -> the same; with last (B,), one position of each text
+        -> (B, 1, C): all that a classifier needs of the last block, a quarter of its work."""
         if last is None and self.one_node and torch.is_grad_enabled() and not self.drops():
             weights = [w for layer in self.layers for w in layer.weights]
             if x.requires_grad or weights:
                 return Taped.apply(x, self, *weights)
         block = self.block
-        h = adapted(block.attn, self.attn(block.ln_1(x), last))
+        h = adapted(block.attn, self.attn(block.ln_1(x), last, rows))
         if last is not None:
-            x = x[torch.arange(len(x), device=x.device), last].unsqueeze(1)
+            x = x[rows.last] if rows else x[torch.arange(len(x), device=x.device), last]
+            x = x.unsqueeze(1)
         x = x + h
         return x + adapted(block.mlp, self.mlp(block.ln_2(x)))
 

@@ -47,7 +47,7 @@ def check_module(module, make, matrix):
 
 def check_classify(model, attach, matrix):
     """Compare GPT.classify before and after attach(model)."""
-    return check_method(model, model.h[-1:], attach, matrix, lambda m, ids, n: m.classify(ids, n))
+    return check_method(model, model.h[-2:], attach, matrix, lambda m, ids, n: m.classify(ids, n))
 
 
 def check_hidden(model, attach, matrix):
@@ -68,6 +68,8 @@ def check_method(model, blocks, attach, matrix, probe):
             block.forward = make_block(block, matrix) or block.forward
         attach(twin)
         yield want, measure(lambda: probe(twin, ids, lengths), trainables(twin))
+        with torch.no_grad():  # leaves out the pads
+            yield want[:1], measure(lambda: probe(twin, ids, lengths), [])
 
     return difference(pairs())
 

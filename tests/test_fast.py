@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
-from lib.blocks import FastBlock
+from lib.blocks import FastBlock, FastMLP
 from lib.device import autocast, place
 from lib.fast import speed_up
 from lib.packed import ThinLoRA
@@ -88,6 +88,25 @@ def test_speed_up_computes_the_same():
                     error = float((mine[name] - g).norm() / g.norm())
                     assert error < (limit if dtype == torch.float32 else 0.1), (method, name, error)
             assert list(b.state_dict()) == list(a.state_dict())
+
+
+def test_evaluation_computes_no_pads():
+    """Logits of a padded batch without gradients, of every method: those of the plain model, though
+    only real tokens reach the MLPs, and of the last block one per text."""
+    ids, n = ragged(257)
+    for dtype, limit in DTYPES:
+        for method, options in METHODS.items():
+            a, b = (ready(method, dtype, fast, 0, **options)[0].eval() for fast in (False, True))
+            widths, real = [], n.sum() + len(n) * (0 if b.prompt is None else len(b.prompt))
+
+            def counted(self, x, before=FastMLP.__call__, widths=widths):
+                widths.append(x[..., 0].numel())
+                return before(self, x)
+
+            with torch.no_grad(), autocast(CPU, dtype), patched(FastMLP, '__call__', counted):
+                want, got = a.classify(ids, n).float(), b.classify(ids, n).float()
+            assert far(got, want) < limit, (method, dtype, far(got, want))
+            assert widths == [*[real] * (len(b.h) - 1), len(n)], (method, widths, real)
 
 
 EDITS = {
