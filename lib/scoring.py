@@ -23,7 +23,7 @@ def in_batches(
     needed; as many at a time as fit `batch_tokens` padded tokens, each read `copies` times. The
     model is in evaluation mode meanwhile. Ranks share the texts. progress: show it; (i, n) for pass
     i of n."""
-    cached = {torch.float32: 256, torch.int8: 1024}.get(dtype, 512) * min(copies, 3)  # by a CPU
+    cached = (256 if dtype == torch.float32 else 512) * min(copies, 3)  # by a CPU
     batch_tokens = batch_tokens or (cached if device.type == 'cpu' else 65536)  # that fills a GPU
     lengths = np.minimum(tokens.lengths, max_length)
     order = np.argsort(-lengths, kind='stable')
