@@ -8,7 +8,6 @@
     python bench.py --task eval --against onnxruntime --dtype fp32 int8      ours in two precisions
     python bench.py --task lora --length 128 --steps 4      peak memory: every text has 128 tokens
     python bench.py --gpu             all that a GPU has to show, in ten minutes
-    python bench.py --task curves --data sms --repeats 3      accuracy by number of rows, no speed
 
 Both sides use random weights of GPT-2's shape, real texts (SST-2; gen: AG News), the same token
 ids, rows and batch size. Our side is the scripts themselves. head and last are timed from the
@@ -210,12 +209,12 @@ def startup(args, folder, side):
 def parse(argv):
     p = cli.Parser(description=__doc__, prog='bench.py')
     add, positive, dtypes = cli.group(p, 'what to measure'), cli.positive, ('bf16', 'fp32')
-    tasks = (*METHODS, 'eval', 'gen', 'startup', 'predict', 'curves')
+    tasks = (*METHODS, 'eval', 'gen', 'startup', 'predict')
     rows = ', '.join(f'{task} {n}' for task, n in ROWS.items())
     gpu = 'cuda' if torch.cuda.is_available() else 'cpu'
     add('--task', 'what to measure', tasks, 'lora')
     add('--steps', 'training steps per block; 4 do for memory', positive, STEPS)
-    add('--repeats', 'turns per side; for curves, number of seeds (default: 2)', positive)
+    add('--repeats', 'turns per side (default: 2)', positive)
     text = 'reduce texts or steps, then turns, to take at most so long (default: 15)'
     add('--minutes', text, cli.above_zero)
     add('--quick', 'a trial: one turn, 3 minutes', bool)
@@ -230,14 +229,11 @@ def parse(argv):
     add('--model', 'shape of the model; weights are random', shapes, 'gpt2')
     add('--top', 'LoRA in the last M blocks only, for gen (default: all)', positive, metavar='M')
     add('--extra', 'flags of train_cls.py, as --extra=--plain', default='', metavar='FLAGS')
-    add('--base', 'base model, for curves (default: train one)', metavar='DIR')
     add('--batch_size', 'rows per step, and per batch of Trainer', positive, 16)
     add('--rows', f'number of texts (default: {rows})', positive)
     add('--split', 'texts of SST-2, for eval and predict', ('train', 'validation'), 'train')
     text = 'texts of N tokens, for training and eval (default: as they are)'
     add('--length', text, positive)
-    add('--data', 'data set, for curves', ('agnews', 'sms'), 'agnews')
-    add('--seed', 'first seed, for curves', int, 1)
     add = cli.group(p, 'system')
     add('--device', 'cpu or cuda', default=gpu, metavar='NAME')
     text = 'our matmul precision, or several (default: bf16 where it is native)'
@@ -317,10 +313,6 @@ def main(argv=None):
 
         return gpubench.main(argv)
     args = parse(argv)
-    if args.task == 'curves':
-        from docs import curves
-
-        return curves.run(args)
     check(args)
     if args.worker:
         return worker(args)

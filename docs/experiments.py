@@ -26,7 +26,6 @@ import numpy as np
 import data
 import train_cls
 import train_gen
-from docs.curves import naive_bayes
 from lib import cli, files
 from lib.metrics import run_metrics
 from lib.runs import open_run
@@ -190,7 +189,7 @@ class Study:
             for method in ('naive Bayes', 'TF-IDF + logistic regression', *methods):
                 if not self.known(**key, method=method):
                     if method == 'naive Bayes':
-                        accuracy = naive_bayes(self.dataset(train), self.enc)
+                        accuracy = naive_bayes(train, self.test, len(self.labels), self.enc)
                     elif method.startswith('TF-IDF'):
                         accuracy = linear(train, self.test)
                     else:
@@ -201,9 +200,6 @@ class Study:
                         accuracy = self.probs(run, self.test)[1]
                     if accuracy is not None:
                         self.note(accuracy, **key, method=method)
-
-    def dataset(self, train):
-        return data.Dataset(self.name, self.labels, train, self.val, self.test, [], data.GUESSED)
 
     def unclean(self, seed, methods):
         """Training on rows with flipped labels, or with a spurious token."""
@@ -253,6 +249,17 @@ class Study:
             self.note(self.probs(run, rows)[1], **key, experiment='drop', condition=share)
 
 
+def naive_bayes(train, test, k, enc):
+    """Test accuracy of multinomial naive Bayes with add-one smoothing over the same tokens."""
+    counts = np.ones((k, enc.n_vocab))
+    for y, ids in zip(train.y, tokenize(enc, train.texts)):
+        np.add.at(counts[y], ids, 1)
+    log_p = np.log(counts / counts.sum(1, keepdims=True))  # (K, V)
+    log_prior = np.log(np.bincount(train.y, minlength=k) / len(train.y))
+    scores = [log_p[:, ids].sum(1) + log_prior for ids in tokenize(enc, test.texts)]
+    return float((np.argmax(scores, 1) == test.y).mean())
+
+
 def linear(train, test):
     """Test accuracy of logistic regression over TF-IDF of words and pairs; None without
     scikit-learn."""
@@ -271,14 +278,8 @@ def main(argv=None):
     p = cli.Parser(description=__doc__, prog='experiments.py')
     add = p.add_argument
     add('--data', nargs='+', default=['sms', 'sst2', 'agnews'], help='data sets')
-    add(
-        '--shape',
-        nargs=2,
-        type=int,
-        default=[1, 64],
-        metavar=('LAYERS', 'WIDTH'),
-        help='of all models',
-    )
+    shape = dict(nargs=2, type=int, default=[1, 64], metavar=('LAYERS', 'WIDTH'))
+    add('--shape', **shape, help='of all models')
     add('--seeds', nargs='+', type=int, default=[1, 2, 3], help='one run for each')
     add('--methods', nargs='+', choices=METHODS, default=list(METHODS), help='trained classifiers')
     results = os.path.join(TOP, 'docs', 'results', 'experiments.json')

@@ -23,7 +23,8 @@ from lib.intervals import mean_interval
 from lib.metrics import reliability
 from lib.runs import open_run
 
-RESULTS = os.path.join(TOP, 'docs', 'results')
+DOCS = os.path.join(TOP, 'docs')
+RESULTS = os.path.join(DOCS, 'results')
 GREY, BLUE, RED, GREEN, PURPLE, OCHRE = (
     *('#7a828c', '#3b82c4', '#d0603f', '#2f9e6e', '#9a6dd7', '#b8862b'),
 )
@@ -65,7 +66,7 @@ class Picture:
         self.parts.append(f'<circle {where} fill="{colour}" fill-opacity="0.75"/>')
 
     def save(self, name):
-        path = os.path.join(TOP, 'docs', name)
+        path = os.path.join(DOCS, name)
         files.write_atomic(path, '\n'.join(self.parts) + '\n</svg>\n')
         print(path)
 

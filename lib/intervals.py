@@ -1,5 +1,5 @@
 """How sure a number is: intervals and tests. Called by lib/metrics.py, lib/seeds.py, eval.py and
-docs/curves.py."""
+docs/."""
 
 import math
 

@@ -23,9 +23,8 @@ import lib.tokens
 import lib.training
 import predict
 import train_cls
-import train_gen
 from lib import device, measure, onnxpeers, runs, sides, workload
-from lib.files import UserError, cache_dir, make_folder, read_json, write_json
+from lib.files import UserError, cache_dir, make_folder, read_json
 from lib.measure import CLASSES, flops
 from lib.peers import ANSWER
 from lib.tokens import tokenizer
@@ -320,48 +319,6 @@ print(before, bench.peak_memory("cpu"))"""
     how = dict(stdout=subprocess.PIPE, text=True, check=True, cwd=TOP)
     before, after = map(float, subprocess.run([sys.executable, '-c', code], **how).stdout.split())
     assert before < 2000 and 90 < after - before < 150, (before, after)
-
-
-def test_bench_curves():
-    """Which scripts it runs, with flags that they know, and which accuracy goes into which
-    column."""
-    ran = []
-
-    def run(command, **kw):
-        name, flags = os.path.basename(command[1]), command[2:]
-        out = flags[flags.index('--out') + 1]
-        if '--resume' in flags:
-            kind = 'posterior'
-            assert out in [made for _, _, made in ran] and '--posterior_steps' in flags
-        else:
-            args = (train_cls if name == 'train_cls.py' else train_gen).parse(flags)[0]
-            kind = 'base' if args.method == 'pretrain' else name
-            assert kind == 'base' or args.model == ran[0][2], 'all over the one base'
-            make_folder(out)
-        ran.append((kind, flags, out))
-        if kind != 'base':
-            accuracy = {'train_cls.py': 0.75, 'train_gen.py': 0.5, 'posterior': 0.25}[kind]
-            write_json(os.path.join(out, 'eval_results.json'), dict(accuracy=accuracy))
-        return SimpleNamespace(returncode=0, stdout='')
-
-    with little_world(), patched(subprocess, 'run', run):
-        for name in ('agnews', 'sms'):
-            ran.clear()
-            path = os.path.join(tmp(), 'rows.json')
-            argv = ['--task', 'curves', '--data', name, '--repeats', '1', '--json', path]
-            text = script(bench.main, argv)[1]
-            kinds = ['train_cls.py', 'train_gen.py', 'posterior']
-            assert [kind for kind, _, _ in ran] == ['base', *3 * kinds]
-            rows = read_json(path)
-            assert [r['size'] for r in rows] == [100, 1000, 'all'], rows
-            assert rows[0]['rows'] == dict(agnews=72, sms=56)[name], rows
-            kinds = dict(naive_bayes=1, discriminative=0.75, generative=0.5, posterior=0.25)
-            assert all({kind: r[kind] for kind in kinds} == kinds for r in rows), rows
-            line = 'all rows per class: naive_bayes 100.00 +- nan, discriminative 75.00 +- nan, '
-            assert f'{line}generative 50.00' in text, text
-    failed, argv = SimpleNamespace(returncode=2, stdout='error: no'), ['--task', 'curves']
-    with little_world(), patched(subprocess, 'run', lambda *a, **k: failed):
-        raises(UserError, bench.main, [*argv, '--data', 'sms'], match='train_gen.py --pretrain')
 
 
 # --- ONNX Runtime, OpenVINO, CTranslate2 ---

@@ -1,0 +1,129 @@
+"""The tables of docs/ whose numbers are in docs/results/: `python docs/tables.py` writes them to
+their places, between `<!-- table NAME -->` and `<!-- end -->`; a test compares both."""
+
+import glob
+import os
+import re
+import sys
+
+TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if TOP not in sys.path:
+    sys.path.insert(0, TOP)
+
+import numpy as np
+
+from lib import cli, files
+from lib.intervals import mean_interval
+
+RESULTS = os.path.join(TOP, 'docs', 'results')
+NAMES = dict(sms='SMS', sst2='SST-2', agnews='AG News', imdb='IMDB')
+METHODS = (
+    'naive Bayes',
+    'TF-IDF + logistic regression',
+    *('discriminative', 'generative'),
+    *('discriminative, LoRA', 'generative, LoRA', 'generative, LoRA, posterior'),
+)
+BOTH = 'discriminative', 'generative'
+MARKED = re.compile(r'(<!-- table (\w+) -->\n).*?(<!-- end -->)', re.S)
+
+
+def results(name):
+    return files.read_json(os.path.join(RESULTS, f'{name}.json'))
+
+
+def markdown(head, rows, right=0):
+    """Lines of a table; columns from number `right` on are aligned to the right."""
+    rule = ['---' if i < right else '---:' for i in range(len(head))]
+    return ''.join(f'| {" | ".join(map(str, cells))} |\n' for cells in (head, rule, *rows))
+
+
+def cell(rows, **key):
+    """Mean over seeds and its 95 % interval (Student's t), in percent; empty if not measured."""
+    found = [100 * r['accuracy'] for r in rows if all(r.get(k) == v for k, v in key.items())]
+    if not found:
+        return ''
+    mean, half = mean_interval(np.array(found))
+    if half is None:
+        return f'{mean:.1f} (one seed)'
+    return f'{mean:.1f} ± {half:.1f}' + (' (two seeds)' if len(found) == 2 else '')
+
+
+def sets(rows):
+    return [name for name in NAMES if any(r['data'] == name for r in rows)]
+
+
+def rows_per_class():
+    rows = [r for r in results('experiments')['rows'] if r['experiment'] == 'rows']
+    lines = []
+    for name in sets(rows):
+        for size in (8, 32, 128, 512, 'all'):
+            cells = [cell(rows, data=name, condition=size, method=m) for m in METHODS]
+            lines += [(NAMES[name], size, *cells)] if any(cells) else []
+    return markdown(('data', 'rows per class', *METHODS), lines, 1)
+
+
+def conditions(experiment, head, values):
+    """A line per data set and method, a column per condition of an experiment."""
+    every = results('experiments')['rows']
+    rows = [r for r in every if r['experiment'] == experiment]
+    lines = []
+    for name in sets(rows):
+        for method in BOTH:
+            cells = [cell(rows, data=name, method=method, condition=v) for v in values]
+            if experiment == 'noise':  # no label flipped: among the rows of the first experiment
+                clean = dict(experiment='rows', condition=512)
+                cells.insert(0, cell(every, data=name, method=method, **clean))
+            lines += [(NAMES[name], method, *cells)] if any(cells) else []
+    return markdown(('data', 'classifier', *head), lines, 2)
+
+
+def noise():
+    return conditions('noise', ('no label flipped', '20 %', '40 %'), (0.2, 0.4))
+
+
+def spurious():
+    head = 'test as in training', 'turned round', 'turned round, predicted without the token'
+    return conditions('spurious', head, ('same', 'turned', 'turned, predicted'))
+
+
+def prior():
+    head = 'test at 90 : 10, prior of the training rows', 'prior moved'
+    return conditions('prior', head, ('as trained', 'moved'))
+
+
+def drop():
+    return conditions('drop', ('all tokens', '10 % dropped', '30 %', '50 %'), (0.0, 0.1, 0.3, 0.5))
+
+
+def accuracy():
+    rows = results('accuracy')['rows']
+    keys = 'data', 'trains', 'command', 'accuracy', 'time'
+    head = 'data (test rows)', 'what trains', 'command', 'test accuracy, %', 'time'
+    return markdown(head, [[row.get(key, '') for key in keys] for row in rows], 9)
+
+
+TABLES = dict(rows_per_class=rows_per_class, noise=noise, spurious=spurious, prior=prior)
+TABLES.update(drop=drop, accuracy=accuracy)
+
+
+def filled(text):
+    """text with the present numbers in all of its marked tables."""
+    return MARKED.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+
+
+def pages():
+    return [os.path.join(TOP, 'README.md'), *sorted(glob.glob(os.path.join(TOP, 'docs', '*.md')))]
+
+
+def main(argv=None):
+    cli.Parser(description=__doc__, prog='tables.py').parse(argv)
+    for path in pages():
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+        if filled(text) != text:
+            files.write_atomic(path, filled(text))
+            print(path)
+
+
+if __name__ == '__main__':
+    cli.run(main)

@@ -1,0 +1,132 @@
+"""docs/: tables and pictures come from the numbers in docs/results/; the experiments."""
+
+import glob
+import json
+import os
+from types import SimpleNamespace
+
+import numpy as np
+
+import data
+import train_cls
+import train_gen
+from docs import experiments, figures, tables
+from lib.files import read_bytes, read_json
+from lib.tokens import tokenizer
+from tests.helpers import TINY, patched, script, tmp
+
+
+def test_tables_are_those_of_the_files():
+    marked = set()
+    for path in tables.pages():
+        with open(path, encoding='utf-8') as f:
+            text = f.read()
+        assert tables.filled(text) == text, f'{path}: python docs/tables.py'
+        marked |= {m[2] for m in tables.MARKED.finditer(text)}
+    assert marked == set(tables.TABLES), 'a table that no page shows'
+
+
+def test_cells_of_tables():
+    rows = [dict(method='a', seed=s, accuracy=v) for s, v in enumerate((0.5, 0.6, 0.7))]
+    assert tables.cell(rows, method='a') == '60.0 ± 24.8'  # 4.303 * 10 / sqrt(3)
+    assert tables.cell(rows[:1], method='a') == '50.0 (one seed)'
+    assert tables.cell(rows[:2], method='a').endswith('(two seeds)')
+    assert tables.cell(rows, method='b') == ''
+
+
+def test_pictures_are_those_of_the_numbers():
+    """Drawn again, they are the files in docs/; all are small, and shown somewhere."""
+    out, shown = tmp(), ''.join(open(path, encoding='utf-8').read() for path in tables.pages())
+    with patched(figures, 'DOCS', out):
+        assert not script(figures.main, [])[0]
+    drawn = sorted(glob.glob(os.path.join(out, '*.svg')))
+    assert len(drawn) == 4
+    for path in drawn:
+        name = os.path.basename(path)
+        where = os.path.join(tables.TOP, 'docs', name)
+        assert read_bytes(path) == read_bytes(where), f'{name}: python docs/figures.py'
+        assert os.path.getsize(path) < 100_000 and name in shown, name
+
+
+def test_numbers_of_two_runs():
+    """figures.py --runs takes from two runs what its pictures show."""
+    out, flags = tmp(), [*TINY, '--max_steps', '2']
+    paths = [os.path.join(out, name) for name in ('cls', 'gen')]
+    for main, path in zip((train_cls.main, train_gen.main), paths):
+        assert not script(main, [*flags, '--lora', '--out', path])[0]
+    few = data.load(TINY[1])
+    with patched(data, 'load', lambda name: few):
+        found = figures.of_runs(paths)
+    assert set(found['explained']) == {'discriminative', 'generative'}
+    for kind, first in (('discriminative', []), ('generative', ['P(class)'])):
+        words = [word for word, _ in found['explained'][kind]['words']]
+        assert words[: len(first)] == first
+        assert ''.join(words[len(first) :]).startswith(figures.TEXT)  # <|endoftext|> may follow
+    for rule, bins in found['reliability'].items():
+        assert sum(n for n, _, _ in bins) == 100 and 0 <= found['ece'][rule] <= 1
+
+
+def test_rows_of_the_experiments():
+    rows = experiments.Rows([f'text {i}' for i in range(400)], np.arange(400) % 2)
+    few = experiments.per_class(rows, 8, 1)
+    assert np.bincount(few.y).tolist() == [8, 8] and len(set(few.texts)) == 16
+    assert experiments.per_class(rows, 8, 2).texts != few.texts
+    assert len(experiments.per_class(rows, None, 1).y) == 400
+    changed = experiments.flipped(rows, 0.2, 2, 1).y != rows.y
+    assert changed.sum() == 80
+    marked = [t.startswith('zebra ') for t in experiments.spurious(rows, 0.95, 1).texts]
+    share = [np.mean(np.array(marked)[rows.y == c]) for c in (0, 1)]
+    assert abs(share[0] - 0.05) < 0.05 and abs(share[1] - 0.95) < 0.05, share
+    enc = tokenizer('bytes')
+    long = experiments.Rows(['abcdefghij' * 20, 'a'], [0, 1])
+    short = experiments.dropped(long, 0.5, enc, 0).texts
+    assert 70 < len(short[0]) < 130 and short[1] == 'a'
+    words = experiments.Rows(['good good', 'bad', 'bad bad', 'good'], [1, 0, 0, 1])
+    assert experiments.naive_bayes(words, words, 2, enc) == 1
+    assert experiments.naive_bayes(words, experiments.Rows(['bad'], [1]), 2, enc) == 0
+
+
+def test_experiments_fill_their_file():
+    """Which accuracies the experiments note, and that a second call computes none of them."""
+    path, fitted = os.path.join(tmp(), 'rows.json'), []
+
+    def fit(self, method, train, steps, seed):
+        fitted.append((method, len(train.y), steps))
+        return SimpleNamespace()
+
+    def probs(self, run, rows):
+        return np.tile([0.25, 0.75], (len(rows.y), 1)), float((rows.y == 1).mean())
+
+    few = data.load(TINY[1])
+    world = [(data, 'load', lambda name: few), (experiments, 'tokenizer', lambda name: ENC)]
+    world += [(experiments.Study, 'fit', fit), (experiments.Study, 'probs', probs)]
+    world += [(experiments, 'linear', lambda train, test: None)]
+    argv = ['--data', 'sst2', '--seeds', '1', '--json', path]
+    with patched(*world[0]), patched(*world[1]), patched(*world[2]), patched(*world[3]):
+        with patched(*world[4]):
+            text = script(experiments.main, argv)[1]
+            runs = len(fitted)
+            again = script(experiments.main, argv)[1]
+    assert len(fitted) == runs == 5 * 5 + 2 * 3 and not again
+    rows = read_json(path)['rows']
+    assert len(text.splitlines()) == len(rows) == len({json.dumps(r) for r in rows})
+    kinds = {(r['experiment'], r['condition']) for r in rows if r['method'] == 'generative'}
+    assert kinds == {
+        *(('rows', n) for n in (8, 32, 128, 512, 'all')),
+        *(('noise', share) for share in (0.2, 0.4)),
+        *(('spurious', kind) for kind in ('same', 'turned', 'turned, predicted')),
+        *(('prior', kind) for kind in ('as trained', 'moved')),
+        *(('drop', share) for share in (0.0, 0.1, 0.3, 0.5)),
+    }
+    assert not any(r['experiment'] == 'drop' for r in rows if 'LoRA' in r['method'])
+
+
+def test_flags_of_the_experiments():
+    """The scripts know them."""
+    for main, flags in experiments.METHODS.values():
+        if '--resume' not in flags:
+            args = main.parse([*flags.split(), '--max_steps', '9'])[0]
+            assert args.method == flags.split()[0][2:]
+
+
+ENC = tokenizer('bytes')
