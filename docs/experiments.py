@@ -27,6 +27,7 @@ import data
 import train_cls
 import train_gen
 from lib import cli, files
+from lib.measure import machine
 from lib.metrics import run_metrics
 from lib.runs import open_run
 from lib.tokens import tokenize, tokenizer
@@ -129,8 +130,8 @@ class Study:
         rows.append(dict(key, accuracy=round(float(accuracy), 4)))
         commit = ['git', '-C', TOP, 'rev-parse', '--short', 'HEAD']
         commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
-        found = dict(command='python docs/experiments.py', commit=commit, rows=rows)
-        files.write_json(self.path, found)
+        found = dict(command='python docs/experiments.py', commit=commit, machine=machine())
+        files.write_json(self.path, dict(found, rows=rows))
         print(*key.values(), rows[-1]['accuracy'], flush=True)
 
     def fit(self, method, train, steps, seed):

@@ -1,8 +1,8 @@
 """The pictures of README.md and docs/, drawn from the numbers in docs/results/.
 
     python docs/figures.py                        draws docs/*.svg
-    python docs/figures.py --runs CLASSIFIER GEN  first takes the numbers of docs/results/demo.json
-                                                  from two runs on the demo
+    python docs/figures.py --runs CLS GEN OTHER   first takes the numbers of docs/results/runs.json
+                                                  from runs that the commands in it trained
 
 Nothing but SVG is written here, in colours that can be read on white and on black."""
 
@@ -20,7 +20,8 @@ import data
 from lib import cli, files
 from lib.explain import explain
 from lib.intervals import mean_interval
-from lib.metrics import reliability
+from lib.measure import machine
+from lib.metrics import reliability, run_metrics
 from lib.runs import open_run
 
 DOCS = os.path.join(TOP, 'docs')
@@ -37,7 +38,13 @@ LINES = {  # method: colour, dashes
     'generative, LoRA': (RED, '5 4'),
 }
 TITLES = dict(sms='SMS Spam', sst2='SST-2', agnews='AG News', imdb='IMDB')
-TEXT = 'the old garden was not at all lovely, but the music sounded warm'
+SMALL = '--scratch --model gpt2 --n_layer 1 --n_head 1 --n_embd 64 --block_size 66 --max_length 64'
+COMMANDS = [
+    'python train_cls.py --data demo --lora --r 8',
+    'python train_gen.py --data demo --lora --r 8',
+    f'python train_gen.py --data sms --full --lr 2e-3 {SMALL} --max_steps 400',
+]
+TEXT = 'the music sounded warm, but the garden was not at all lovely'
 
 
 class Picture:
@@ -77,7 +84,7 @@ class Axes:
     def __init__(self, picture, left, top, width, height, low, high=100):
         self.picture, self.left, self.top = picture, left, top
         self.width, self.height, self.low, self.high = width, height, low, high
-        for value in np.linspace(low, high, 6):
+        for value in np.arange(low, high + 1, 20 if high - low > 50 else 10):
             _, y = self.at(0, value)
             picture.line([(left, y), (left + width, y)], width=0.4)
             picture.text(left - 6, y + 4, f'{value:.0f}', anchor='end')
@@ -103,7 +110,7 @@ def curves(rows):
         p.text(x + 30, y, method, colour)
     for i, name in enumerate(names):
         lowest = min(row['accuracy'] for row in rows if row['data'] == name)
-        axes = Axes(p, 300 * i + 40, 76, 250, 200, 100 * np.floor(5 * lowest) / 5)
+        axes = Axes(p, 300 * i + 40, 76, 250, 200, 20 * np.floor(5 * lowest))
         axes.title(f'{TITLES[name]}, test accuracy in %')
         for j, size in enumerate(sizes):
             p.text(axes.at(0.04 + 0.23 * j, 0)[0], 296, str(size), anchor='middle')
@@ -139,7 +146,7 @@ def calibration(found):
         for n, probability, accuracy in bins:
             x = (100 * probability - low) / (100 - low)
             p.dot(*axes.at(x, 100 * accuracy), 2 + 10 * (n / most) ** 0.5, (RED, BLUE)[i])
-    p.text(40, 20, 'accuracy in %, generative run on the demo')
+    p.text(40, 20, 'accuracy in %, ' + found['calibrated'])
     p.save('reliability.svg')
 
 
@@ -153,13 +160,13 @@ def explained(found):
         e, left = found['explained'][kind], 380 * i
         p.text(left + 10, 16, f'{kind}: {e["label"]} ({100 * e["probability"]:.0f} %)', BLUE)
         p.text(left + 10, 36, what)
-        scale = 110 / max(abs(value) for _, value in e['words'])
+        scale = 90 / max(abs(value) for _, value in e['words'])
         for j, (word, value) in enumerate(e['words']):
             y, length = 62 + 22 * j, abs(value) * scale
-            p.text(left + 90, y, word.strip(), anchor='end')
-            start = left + 210 - (length if value < 0 else 0)
+            p.text(left + 80, y, word.strip(), anchor='end')
+            start = left + 220 - (length if value < 0 else 0)
             p.box(start, y - 11, length, 14, BLUE if value > 0 else RED, 0.8)
-            end = left + 210 + (length + 5 if value > 0 else -length - 5)
+            end = left + 220 + (length + 5 if value > 0 else -length - 5)
             p.text(end, y, f'{value:+.2f}', anchor='start' if value > 0 else 'end')
     p.save('explained.svg')
 
@@ -181,40 +188,44 @@ def speed(found):
     p.save('speed.svg')
 
 
-def of_runs(paths):
-    """Two runs on the demo -> the numbers of calibration() and explained(), as a dict."""
-    test = data.load('demo').test
-    found = dict(text=TEXT, reliability={}, ece={}, explained={})
-    for kind, path in zip(('discriminative', 'generative'), paths):
+def of_runs(cls, gen, other):
+    """Two runs that explain TEXT, a generative run that shows its calibration -> the numbers of
+    explained() and calibration(), as a dict."""
+    found = dict(commands=COMMANDS, machine=machine(), text=TEXT)
+    found.update(reliability={}, ece={}, explained={})
+    for kind, path in dict(discriminative=cls, generative=gen).items():
         run = open_run(path)
-        _, words = explain(run, TEXT)
+        words = [(word, round(float(value), 3)) for word, value in explain(run, TEXT)[1]]
         probs = run.probs(run.logits([TEXT]))[0]
-        words = [(word, round(float(value), 3)) for word, value in words]
         label, probability = run.labels[int(probs.argmax())], round(float(probs.max()), 4)
         found['explained'][kind] = dict(label=label, probability=probability, words=words)
-        for rule in ('bayes', 'calibrated') if kind == 'generative' else ():
-            run.rule = rule
-            probs = run.probs(run.logits(test.texts))
-            count, mean, accuracy = reliability(probs, test.y)
-            found['ece'][rule] = float((count * abs(mean - accuracy)).sum() / count.sum())
-            bins = zip(count.tolist(), mean.round(4).tolist(), accuracy.round(4).tolist())
-            found['reliability'][rule] = [b for b in bins if b[0]]
-            found['classes'] = len(run.labels)
+    run = open_run(other)
+    ds = data.load(run.args['data'])
+    logits, y = run.logits(ds.test.texts), ds.test.y
+    found.update(
+        classes=len(run.labels), calibrated=f'generative run on {ds.name}, {len(y):,} texts'
+    )
+    for run.rule in ('bayes', 'calibrated'):
+        m, probs, _ = run_metrics(run, logits, y, ds.labels)
+        count, mean, accuracy = reliability(probs, y)
+        bins = zip(count.tolist(), mean.round(4).tolist(), accuracy.round(4).tolist())
+        found['reliability'][run.rule] = [row for row in bins if row[0]]
+        found['ece'][run.rule] = round(m['ece'], 4)
     return found
 
 
 def main(argv=None):
     p = cli.Parser(description=__doc__, prog='figures.py')
-    p.add_argument('--runs', nargs=2, metavar='RUN', help='on the demo: train_cls.py, train_gen.py')
+    runs = dict(nargs=3, metavar=('CLS', 'GEN', 'OTHER'))
+    p.add_argument('--runs', **runs, help='a classifier and a generative run on the demo, another')
     args, _ = p.parse(argv)
-    path = os.path.join(RESULTS, 'demo.json')
+    path = os.path.join(RESULTS, 'runs.json')
     if args.runs:
-        commands = ['python train_cls.py --lora --r 8', 'python train_gen.py --lora --r 8']
-        files.write_json(path, dict(commands=commands, **of_runs(args.runs)))
-    demo = files.read_json(path)
+        files.write_json(path, of_runs(*args.runs))
+    found = files.read_json(path)
     curves(files.read_json(os.path.join(RESULTS, 'experiments.json'))['rows'])
-    calibration(demo)
-    explained(demo)
+    calibration(found)
+    explained(found)
     speed(files.read_json(os.path.join(RESULTS, 'speed.json')))
 
 

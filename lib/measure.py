@@ -47,6 +47,12 @@ def flops(task, cfg, lengths, top=None):
     return float(((L - 1) * below + last).sum())
 
 
+def machine():
+    """-> this CPU, its instruction sets and torch's version, in words"""
+    name, sets = cpu()
+    return f'{name} ({", ".join(sets)}), torch {torch.__version__.split("+")[0]}'
+
+
 def cpu(path='/proc/cpuinfo'):
     """-> name of this CPU, those of its instruction sets that decide how fast products are"""
     text = ''

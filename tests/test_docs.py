@@ -49,14 +49,14 @@ def test_pictures_are_those_of_the_numbers():
 
 
 def test_numbers_of_two_runs():
-    """figures.py --runs takes from two runs what its pictures show."""
+    """figures.py --runs takes from runs what its pictures show."""
     out, flags = tmp(), [*TINY, '--max_steps', '2']
     paths = [os.path.join(out, name) for name in ('cls', 'gen')]
     for main, path in zip((train_cls.main, train_gen.main), paths):
         assert not script(main, [*flags, '--lora', '--out', path])[0]
     few = data.load(TINY[1])
     with patched(data, 'load', lambda name: few):
-        found = figures.of_runs(paths)
+        found = figures.of_runs(*paths, paths[1])
     assert set(found['explained']) == {'discriminative', 'generative'}
     for kind, first in (('discriminative', []), ('generative', ['P(class)'])):
         words = [word for word, _ in found['explained'][kind]['words']]
