@@ -10,10 +10,10 @@ import numpy as np
 import data
 import train_cls
 import train_gen
-from docs import experiments, figures, tables
+from docs import experiments, features, figures, tables
 from lib.files import read_bytes, read_json
 from lib.tokens import tokenizer
-from tests.helpers import TINY, patched, script, tmp
+from tests.helpers import TINY, gen_run, patched, script, tmp
 
 
 def test_tables_are_those_of_the_files():
@@ -119,6 +119,19 @@ def test_experiments_fill_their_file():
         *(('drop', share) for share in (0.0, 0.1, 0.3, 0.5)),
     }
     assert not any(r['experiment'] == 'drop' for r in rows if 'LoRA' in r['method'])
+
+
+def test_features_of_a_generative_run():
+    """Logistic regression finds the class that Bayes' rule gets wrong on one side; the script
+    prints a line for each of the three rules."""
+    rng = np.random.RandomState(0)
+    y = rng.randint(0, 2, 200)
+    x = np.stack([-90 + 3 * y + rng.randn(200), -80 - 3 * y + rng.randn(200)], 1)  # class 1 leads
+    probs = features.regression(x, y, 2)(x)
+    assert (x.argmax(1) == y).mean() < 0.6 < 0.97 < (probs.argmax(1) == y).mean()
+    assert np.allclose(probs.sum(1), 1)
+    text = script(features.main, [gen_run('lora')])[1]
+    assert len(text.splitlines()) == 3 and 'regression' in text
 
 
 def test_flags_of_the_experiments():
