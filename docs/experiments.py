@@ -251,19 +251,20 @@ class Study:
 
 
 def naive_bayes(train, test, k, enc):
-    """Test accuracy of multinomial naive Bayes with add-one smoothing over the same tokens."""
+    """Test accuracy of multinomial naive Bayes with add-one smoothing over the tokens that the
+    models read."""
     counts = np.ones((k, enc.n_vocab))
     for y, ids in zip(train.y, tokenize(enc, train.texts)):
-        np.add.at(counts[y], ids, 1)
+        np.add.at(counts[y], ids[:LENGTH], 1)
     log_p = np.log(counts / counts.sum(1, keepdims=True))  # (K, V)
     log_prior = np.log(np.bincount(train.y, minlength=k) / len(train.y))
-    scores = [log_p[:, ids].sum(1) + log_prior for ids in tokenize(enc, test.texts)]
+    scores = [log_p[:, ids[:LENGTH]].sum(1) + log_prior for ids in tokenize(enc, test.texts)]
     return float((np.argmax(scores, 1) == test.y).mean())
 
 
 def linear(train, test):
-    """Test accuracy of logistic regression over TF-IDF of words and pairs; None without
-    scikit-learn."""
+    """Test accuracy of logistic regression over TF-IDF of words and pairs of whole texts; None
+    without scikit-learn."""
     try:
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
