@@ -229,9 +229,9 @@ class Study:
         token (predicted), with classes at 90 : 10, without some of the tokens.
         prior (K,): of its training rows."""
         if len(self.labels) == 2:
-            probs, _ = self.probs(run, self.test)
-            margin = np.log(probs + 1e-30)
-            margin = (margin[:, 1] - margin[:, 0]) * np.where(self.test.y == 1, 1, -1)  # nats
+            order = [run.labels.index(label) for label in self.labels]
+            logits = run.logits(self.test.texts)[:, order]  # tau would shrink the margins
+            margin = (logits[:, 1] - logits[:, 0]) * np.where(self.test.y == 1, 1, -1)  # nats
             nats = np.log(STRENGTH / (1 - STRENGTH))
             right = STRENGTH * (margin > nats) + (1 - STRENGTH) * (margin > -nats)
             self.note(right.mean(), **key, experiment='spurious', condition='turned, predicted')

@@ -92,10 +92,13 @@ def test_experiments_fill_their_file():
 
     def fit(self, method, train, steps, seed):
         fitted.append((method, len(train.y), steps))
-        return SimpleNamespace()
+        return SimpleNamespace(labels=few.labels[::-1], logits=margins)
 
     def probs(self, run, rows):
         return np.tile([0.25, 0.75], (len(rows.y), 1)), float((rows.y == 1).mean())
+
+    def margins(texts):  # 3.1 nats for class 1 in nine of ten texts, else 2: columns are reversed
+        return np.array([[2 + 1.1 * (i // 2 % 10 > 0), 0] for i in range(len(texts))])
 
     few = data.load(TINY[1])
     world = [(data, 'load', lambda name: few), (experiments, 'tokenizer', lambda name: ENC)]
@@ -110,7 +113,14 @@ def test_experiments_fill_their_file():
     assert len(fitted) == runs == 5 * 5 + 2 * 3 and not again
     rows = read_json(path)['rows']
     assert len(text.splitlines()) == len(rows) == len({json.dumps(r) for r in rows})
-    kinds = {(r['experiment'], r['condition']) for r in rows if r['method'] == 'generative'}
+    generative = [r for r in rows if r['method'] == 'generative']
+    # right: of class 1, 95 % of the 90 % above ln 19 = 2.94 nats, and 5 % of all; of class 0, 5 %
+    # of the 10 % above -2.94
+    (predicted,) = [r['accuracy'] for r in generative if 'predicted' in str(r['condition'])]
+    share = (few.test.y == 1).mean()
+    want = share * (0.95 * 0.9 + 0.05) + (1 - share) * 0.05 * 0.1
+    assert abs(predicted - want) < 1e-3, (predicted, want)
+    kinds = {(r['experiment'], r['condition']) for r in generative}
     assert kinds == {
         *(('rows', n) for n in (8, 32, 128, 512, 'all')),
         *(('noise', share) for share in (0.2, 0.4)),
