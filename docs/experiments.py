@@ -59,10 +59,9 @@ class Rows:
 
 
 def some(rows, n, seed):
-    """At most n rows, in the proportions of the classes."""
+    """At most n random rows."""
     order = np.random.RandomState(seed).permutation(len(rows.y))
-    chosen = order if len(order) <= n else order[:n]
-    return rows[np.sort(chosen)]
+    return rows[np.sort(order[:n])]
 
 
 def per_class(rows, n, seed):
@@ -88,7 +87,8 @@ def spurious(rows, share, seed):
 
 
 def dropped(rows, share, enc, seed):
-    """Texts that lost a share of their tokens, one at least stays."""
+    """Texts that lost a share of their tokens, before they are cut; at least one token stays. A
+    model reads what is left as text, whose tokens can be others."""
     rng, texts = np.random.RandomState(seed), []
     for ids in tokenize(enc, rows.texts):
         kept = ids[rng.random_sample(len(ids)) >= share]
@@ -114,6 +114,8 @@ class Study:
         self.val = some(Rows(ds.val.texts, ds.val.y), VALIDATED, 0)
         self.test = some(Rows(ds.test.texts, ds.test.y), TESTED, 0)
         self.enc = tokenizer('gpt2')
+        commit = ['git', '-C', TOP, 'rev-parse', '--short', 'HEAD']
+        self.commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
 
     def noted(self):
         """-> what is in the file: a row per accuracy"""
@@ -127,10 +129,8 @@ class Study:
     def note(self, accuracy, **key):
         key = dict(data=self.name, shape=self.shape, **key)
         rows = [r for r in self.noted() if any(r.get(k) != v for k, v in key.items())]
-        rows.append(dict(key, accuracy=round(float(accuracy), 4)))
-        commit = ['git', '-C', TOP, 'rev-parse', '--short', 'HEAD']
-        commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
-        found = dict(command='python docs/experiments.py', commit=commit, machine=machine())
+        rows.append(dict(key, commit=self.commit, accuracy=round(float(accuracy), 4)))
+        found = dict(command='python docs/experiments.py', machine=machine())
         files.write_json(self.path, dict(found, rows=rows))
         print(*key.values(), rows[-1]['accuracy'], flush=True)
 
@@ -159,7 +159,8 @@ class Study:
 
     def language_model(self):
         """The folder of the base model of the LoRA methods, trained when it is first asked for."""
-        base = os.path.join(files.cache_dir(), 'experiments', f'{self.name}-{self.shape}')
+        name = f'{self.name}-{self.shape}-{LENGTH}'
+        base = os.path.join(files.cache_dir(), 'experiments', name)
         if not os.path.isdir(base):
             texts, out = (os.path.join(self.folder, name) for name in ('texts.txt', 'base'))
             lines = (' '.join(text.split()) for text in self.train.texts)
@@ -197,7 +198,7 @@ class Study:
                         run = self.fit(method, train, STEPS[n], seed)
                         if n == MIDDLE and 'LoRA' not in method:
                             prior = np.bincount(train.y) / len(train.y)
-                            self.moved(run, dict(seed=seed, method=method), prior)
+                            self.other_tests(run, dict(seed=seed, method=method), prior)
                         accuracy = self.probs(run, self.test)[1]
                     if accuracy is not None:
                         self.note(accuracy, **key, method=method)
@@ -224,7 +225,7 @@ class Study:
             for condition, test in tests.items():
                 self.note(self.probs(run, test)[1], **keys[condition])
 
-    def moved(self, run, key, prior):
+    def other_tests(self, run, key, prior):
         """What a run that was trained on clean rows does on other test rows: with the spurious
         token (predicted), with classes at 90 : 10, without some of the tokens.
         prior (K,): of its training rows."""

@@ -2,8 +2,8 @@
 
     python docs/features.py RUN...
 
-Both are fitted on the run's validation rows and scored on its test rows. tau and b_c are K numbers,
-the regression has K (K + 1) (Generative classifiers as features: EACL Findings 2024.74)."""
+Both are fitted on the run's validation rows and scored on its test rows. tau and b_c are K + 1
+numbers, the regression has K (K + 1) (EACL Findings 2024.74)."""
 
 import os
 import sys

@@ -16,16 +16,16 @@ if TOP not in sys.path:
 
 import numpy as np
 
-import data
+from docs.tables import RESULTS, experiments
 from lib import cli, files
 from lib.explain import explain
 from lib.intervals import mean_interval
 from lib.measure import machine
 from lib.metrics import reliability, run_metrics
+from lib.rundata import own_data
 from lib.runs import open_run
 
 DOCS = os.path.join(TOP, 'docs')
-RESULTS = os.path.join(DOCS, 'results')
 GREY, BLUE, RED, GREEN, PURPLE, OCHRE = (
     *('#7a828c', '#3b82c4', '#d0603f', '#2f9e6e', '#9a6dd7', '#b8862b'),
 )
@@ -123,7 +123,8 @@ def curves(rows):
                 if found:
                     mean, half = mean_interval(100 * np.array(found))
                     points.append(axes.at(0.04 + 0.23 * j, mean))
-                    ends = (max(axes.low, mean - (half or 0)), min(100, mean + (half or 0)))
+                    half = half if len(found) > 2 else 0  # of two seeds it says nothing
+                    ends = (max(axes.low, mean - half), min(100, mean + half))
                     p.line([axes.at(0.04 + 0.23 * j, e) for e in ends], colour, width=0.7)
                     p.dot(*points[-1], 2.5, colour)
             p.line(points, colour, dashes)
@@ -200,7 +201,7 @@ def of_runs(cls, gen, other):
         label, probability = run.labels[int(probs.argmax())], round(float(probs.max()), 4)
         found['explained'][kind] = dict(label=label, probability=probability, words=words)
     run = open_run(other)
-    ds = data.load(run.args['data'])
+    ds = own_data(run.info)
     logits, y = run.logits(ds.test.texts), ds.test.y
     found.update(
         classes=len(run.labels), calibrated=f'generative run on {ds.name}, {len(y):,} texts'
@@ -223,7 +224,7 @@ def main(argv=None):
     if args.runs:
         files.write_json(path, of_runs(*args.runs))
     found = files.read_json(path)
-    curves(files.read_json(os.path.join(RESULTS, 'experiments.json'))['rows'])
+    curves(experiments())
     calibration(found)
     explained(found)
     speed(files.read_json(os.path.join(RESULTS, 'speed.json')))

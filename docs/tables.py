@@ -15,7 +15,7 @@ import numpy as np
 from lib import cli, files
 from lib.intervals import mean_interval
 
-RESULTS = os.path.join(TOP, 'docs', 'results')
+RESULTS, SHAPE = os.path.join(TOP, 'docs', 'results'), '1x64'  # layers x width
 NAMES = dict(sms='SMS', sst2='SST-2', agnews='AG News', imdb='IMDB')
 METHODS = (
     'naive Bayes',
@@ -25,6 +25,11 @@ METHODS = (
 )
 BOTH = 'discriminative', 'generative'
 MARKED = re.compile(r'(<!-- table (\w+) -->\n).*?(<!-- end -->)', re.S)
+
+
+def experiments():
+    """The accuracies of docs/experiments.py with models of SHAPE."""
+    return [row for row in results('experiments')['rows'] if row['shape'] == SHAPE]
 
 
 def results(name):
@@ -38,14 +43,15 @@ def markdown(head, rows, right=0):
 
 
 def cell(rows, **key):
-    """Mean over seeds and its 95 % interval (Student's t), in percent; empty if not measured."""
+    """Mean over seeds and its 95 % interval (Student's t), in percent; one or two seeds as they
+    are; empty if not measured."""
     found = [100 * r['accuracy'] for r in rows if all(r.get(k) == v for k, v in key.items())]
     if not found:
         return ''
+    if len(found) < 3:
+        return ', '.join(f'{value:.1f}' for value in found)
     mean, half = mean_interval(np.array(found))
-    if half is None:
-        return f'{mean:.1f} (one seed)'
-    return f'{mean:.1f} ± {half:.1f}' + (' (two seeds)' if len(found) == 2 else '')
+    return f'{mean:.1f} ± {half:.1f}'
 
 
 def sets(rows):
@@ -53,7 +59,7 @@ def sets(rows):
 
 
 def rows_per_class():
-    rows = [r for r in results('experiments')['rows'] if r['experiment'] == 'rows']
+    rows = [r for r in experiments() if r['experiment'] == 'rows']
     lines = []
     for name in sets(rows):
         for size in (8, 32, 128, 512, 'all'):
@@ -64,7 +70,7 @@ def rows_per_class():
 
 def conditions(experiment, head, values):
     """A line per data set and method, a column per condition of an experiment."""
-    every = results('experiments')['rows']
+    every = experiments()
     rows = [r for r in every if r['experiment'] == experiment]
     lines = []
     for name in sets(rows):
