@@ -13,9 +13,8 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
+import unittest
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from unittest import SkipTest
 
 FIRST = 'demo resume ranks train_cls train_gen gen_classes hostile fast cli'.split()  # the longest
 
@@ -34,15 +33,16 @@ def run(file, names):
     """In a worker process: run these tests of a file -> [(outcome, name)]"""
     results = []
     for name in names:
-        start, what, why = time.time(), 'ok  ', ''
+        start, result = time.time(), unittest.TestResult()
+        test = unittest.FunctionTestCase(
+            lambda name=name: getattr(importlib.import_module(f'tests.test_{file}'), name)()
+        )
         faulthandler.dump_traceback_later(900, exit=True)  # a test that hangs ends its worker
-        try:
-            getattr(importlib.import_module(f'tests.test_{file}'), name)()
-        except SkipTest as e:
-            what, why = 'skip', f' ({e})'
-        except Exception:
-            what, why = 'FAIL', '\n' + traceback.format_exc()
+        test.run(result)
         faulthandler.cancel_dump_traceback_later()
+        broken, skipped = result.errors + result.failures, result.skipped
+        what = 'FAIL' if broken else 'skip' if skipped else 'ok  '
+        why = '\n' + broken[0][1] if broken else f' ({skipped[0][1]})' if skipped else ''
         results.append((what, name))
         print(f'{what} {name} {time.time() - start:.1f} s{why}', flush=True)
     return results

@@ -101,7 +101,8 @@ class Study:
 
     def __init__(self, name, shape, path, folder):
         self.name, self.path, self.folder = name, path, folder
-        self.latest = None  # (rows, seed, folder) of the last run of 'generative, LoRA'
+        self.rows = files.read_json(path)['rows'] if os.path.isfile(path) else []  # noted so far
+        self.latest = None, None  # rows and folder of the last run of 'generative, LoRA'
         self.shape = '{}x{}'.format(*shape)
         heads = max(1, shape[1] // 64)
         sizes = (
@@ -117,30 +118,26 @@ class Study:
         commit = ['git', '-C', TOP, 'rev-parse', '--short', 'HEAD']
         self.commit = subprocess.run(commit, capture_output=True, text=True).stdout.strip()
 
-    def noted(self):
-        """-> what is in the file: a row per accuracy"""
-        return files.read_json(self.path)['rows'] if os.path.isfile(self.path) else []
-
-    def known(self, **key):
-        """Is an accuracy with this key in the file?"""
+    def noted(self, **key):
+        """-> the rows with this key, one or none"""
         key = dict(data=self.name, shape=self.shape, **key)
-        return any(all(row.get(k) == v for k, v in key.items()) for row in self.noted())
+        return [row for row in self.rows if all(row.get(k) == v for k, v in key.items())]
 
     def note(self, accuracy, **key):
-        key = dict(data=self.name, shape=self.shape, **key)
-        rows = [r for r in self.noted() if any(r.get(k) != v for k, v in key.items())]
-        rows.append(dict(key, commit=self.commit, accuracy=round(float(accuracy), 4)))
+        old, key = self.noted(**key), dict(data=self.name, shape=self.shape, **key)
+        new = dict(key, commit=self.commit, accuracy=round(float(accuracy), 4))
+        self.rows = [row for row in self.rows if row not in old] + [new]
         found = dict(command='python docs/experiments.py', machine=machine())
-        files.write_json(self.path, dict(found, rows=rows))
-        print(*key.values(), rows[-1]['accuracy'], flush=True)
+        files.write_json(self.path, dict(found, rows=self.rows))
+        print(*key.values(), new['accuracy'], flush=True)
 
     def fit(self, method, train, steps, seed):
         """Train on rows -> opened run."""
         script, flags = METHODS[method]
         if '--resume' in flags:
-            if not self.latest or self.latest[:2] != (train, seed):
+            if self.latest[0] is not train:
                 self.fit('generative, LoRA', train, steps, seed)
-            out = self.latest[2]
+            out = self.latest[1]
             self.call(script, [*flags.split(), '--out', out])
             return open_run(out)
         where = tempfile.mkdtemp(dir=self.folder)
@@ -154,7 +151,7 @@ class Study:
         argv += ['--eval_every', '100000']
         self.call(script, [*argv, '--seed', str(seed), '--schedule', 'cosine', '--out', out])
         if method == 'generative, LoRA':
-            self.latest = train, seed, out
+            self.latest = train, out
         return open_run(out)
 
     def language_model(self):
@@ -162,14 +159,14 @@ class Study:
         name = f'{self.name}-{self.shape}-{LENGTH}'
         base = os.path.join(files.cache_dir(), 'experiments', name)
         if not os.path.isdir(base):
-            texts, out = (os.path.join(self.folder, name) for name in ('texts.txt', 'base'))
+            texts, part = os.path.join(self.folder, 'texts.txt'), base + '.part'
+            shutil.rmtree(part, ignore_errors=True)  # of an interrupted call
             lines = (' '.join(text.split()) for text in self.train.texts)
             files.write_atomic(texts, '\n'.join(lines) + '\n')
             argv = ['--pretrain', '--data', texts, *self.new, '--max_length', str(LENGTH)]
             argv += '--epochs 2 --batch_size 32 --lr 2e-3 --schedule cosine'.split()
-            self.call(train_gen, [*argv, '--out', out])
-            shutil.copytree(out, base + '.part', dirs_exist_ok=True)
-            os.replace(base + '.part', base)
+            self.call(train_gen, [*argv, '--out', part])
+            os.replace(part, base)
         return base
 
     @staticmethod
@@ -189,7 +186,7 @@ class Study:
             train = per_class(self.train, n, seed)
             key = dict(experiment='rows', condition=n or 'all', seed=seed)
             for method in ('naive Bayes', 'TF-IDF + logistic regression', *methods):
-                if not self.known(**key, method=method):
+                if not self.noted(**key, method=method):
                     if method == 'naive Bayes':
                         accuracy = naive_bayes(train, self.test, len(self.labels), self.enc)
                     elif method.startswith('TF-IDF'):
@@ -220,7 +217,7 @@ class Study:
     def trained(self, experiment, key, train, tests):
         """Train once, score on all tests {condition: rows}."""
         keys = {c: dict(experiment=experiment, condition=c, **key) for c in tests}
-        if not all(self.known(**k) for k in keys.values()):
+        if not all(self.noted(**k) for k in keys.values()):
             run = self.fit(key['method'], train, STEPS[MIDDLE], key['seed'])
             for condition, test in tests.items():
                 self.note(self.probs(run, test)[1], **keys[condition])

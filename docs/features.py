@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from lib import cli
-from lib.metrics import metrics
+from lib.metrics import metrics, run_metrics
 from lib.rundata import own_data
 from lib.runs import open_run
-from lib.tokens import tokenize
 
 
 def regression(x, y, k, decay=1e-3):
@@ -50,20 +49,13 @@ def main(argv=None):
     for path in p.parse(argv)[0].runs:
         run = open_run(path)
         ds = own_data(run.info)
-        features, labels = {}, {}
-        for split in ('val', 'test'):
-            rows = getattr(ds, split)
-            features[split] = run.logprobs_of(tokenize(run.enc, rows.texts))  # (N, K) nats
-            labels[split] = rows.y
-        fitted = regression(features['val'], labels['val'], len(run.labels))
-        run.rule = 'bayes'
-        bayes = run.probs(features['test'] + run.log_prior)
-        run.rule = 'calibrated'
-        calibrated = run.probs(features['test'] + run.log_prior)
-        kinds = {"Bayes' rule": bayes, 'tau and b_c': calibrated}
-        kinds['regression'] = fitted(features['test'])
-        for name, probs in kinds.items():
-            m = metrics(probs, labels['test'], run.labels)
+        val, test = (run.logits(rows.texts) for rows in (ds.val, ds.test))  # (N, K) nats
+        found = {}
+        for run.rule, name in (('bayes', "Bayes' rule"), ('calibrated', 'tau and b_c')):
+            found[name] = run_metrics(run, test, ds.test.y, ds.labels)[0]
+        probs = regression(val, ds.val.y, len(ds.labels))(test)
+        found['regression'] = metrics(probs, ds.test.y, ds.labels)
+        for name, m in found.items():
             print(f'{path}  {name:12} accuracy {m["accuracy"]:.4f}  nll {m["nll"]:.4f}  ', end='')
             print(f'ece {m["ece"]:.4f}')
 

@@ -16,19 +16,18 @@ if TOP not in sys.path:
 
 import numpy as np
 
-from docs.tables import RESULTS, experiments
+from docs.tables import SIZES, accuracies, experiments, results, sets
 from lib import cli, files
 from lib.explain import explain
 from lib.intervals import mean_interval
 from lib.measure import machine
 from lib.metrics import reliability, run_metrics
+from lib.page import BLUE, RED
 from lib.rundata import own_data
 from lib.runs import open_run
 
 DOCS = os.path.join(TOP, 'docs')
-GREY, BLUE, RED, GREEN, PURPLE, OCHRE = (
-    *('#7a828c', '#3b82c4', '#d0603f', '#2f9e6e', '#9a6dd7', '#b8862b'),
-)
+GREY, GREEN, OCHRE = '#7a828c', '#2f9e6e', '#b8862b'
 LINES = {  # method: colour, dashes
     'naive Bayes': (GREEN, ''),
     'TF-IDF + logistic regression': (OCHRE, ''),
@@ -79,18 +78,18 @@ class Picture:
 
 
 class Axes:
-    """A plot in a part of a picture: x from 0 to 1, y from low to high in percent."""
+    """A plot in a part of a picture: x from 0 to 1, y from low to 100 in percent."""
 
-    def __init__(self, picture, left, top, width, height, low, high=100):
+    def __init__(self, picture, left, top, width, height, low):
         self.picture, self.left, self.top = picture, left, top
-        self.width, self.height, self.low, self.high = width, height, low, high
-        for value in np.arange(low, high + 1, 20 if high - low > 50 else 10):
+        self.width, self.height, self.low = width, height, low
+        for value in np.arange(low, 101, 20 if low < 50 else 10):
             _, y = self.at(0, value)
             picture.line([(left, y), (left + width, y)], width=0.4)
             picture.text(left - 6, y + 4, f'{value:.0f}', anchor='end')
 
     def at(self, x, percent):
-        y = self.top + self.height * (self.high - percent) / (self.high - self.low)
+        y = self.top + self.height * (100 - percent) / (100 - self.low)
         return self.left + self.width * x, y
 
     def title(self, words):
@@ -101,8 +100,7 @@ def curves(rows):
     """Accuracy by training rows per class, a panel per data set; bars are the 95 % intervals of
     the means over seeds (Student's t)."""
     rows = [row for row in rows if row['experiment'] == 'rows']
-    names = [name for name in TITLES if any(row['data'] == name for row in rows)]
-    sizes = [8, 32, 128, 512, 'all']
+    names = sets(rows)
     p = Picture(300 * len(names) + 10, 330)
     for i, (method, (colour, dashes)) in enumerate(LINES.items()):
         x, y = 40 + 215 * (i // 2), 16 + 18 * (i % 2)
@@ -112,16 +110,15 @@ def curves(rows):
         lowest = min(row['accuracy'] for row in rows if row['data'] == name)
         axes = Axes(p, 300 * i + 40, 76, 250, 200, 20 * np.floor(5 * lowest))
         axes.title(f'{TITLES[name]}, test accuracy in %')
-        for j, size in enumerate(sizes):
+        for j, size in enumerate(SIZES):
             p.text(axes.at(0.04 + 0.23 * j, 0)[0], 296, str(size), anchor='middle')
         p.text(axes.at(0.5, 0)[0], 318, 'training rows per class', anchor='middle')
         for method, (colour, dashes) in LINES.items():
             points = []
-            for j, size in enumerate(sizes):
-                key = dict(data=name, method=method, condition=size)
-                found = [r['accuracy'] for r in rows if all(r[k] == v for k, v in key.items())]
+            for j, size in enumerate(SIZES):
+                found = accuracies(rows, data=name, method=method, condition=size)
                 if found:
-                    mean, half = mean_interval(100 * np.array(found))
+                    mean, half = mean_interval(found)
                     points.append(axes.at(0.04 + 0.23 * j, mean))
                     half = half if len(found) > 2 else 0  # of two seeds it says nothing
                     ends = (max(axes.low, mean - half), min(100, mean + half))
@@ -220,14 +217,13 @@ def main(argv=None):
     runs = dict(nargs=3, metavar=('CLS', 'GEN', 'OTHER'))
     p.add_argument('--runs', **runs, help='a classifier and a generative run on the demo, another')
     args, _ = p.parse(argv)
-    path = os.path.join(RESULTS, 'runs.json')
     if args.runs:
-        files.write_json(path, of_runs(*args.runs))
-    found = files.read_json(path)
+        files.write_json(os.path.join(DOCS, 'results', 'runs.json'), of_runs(*args.runs))
+    found = results('runs')
     curves(experiments())
     calibration(found)
     explained(found)
-    speed(files.read_json(os.path.join(RESULTS, 'speed.json')))
+    speed(results('speed'))
 
 
 if __name__ == '__main__':

@@ -10,8 +10,6 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if TOP not in sys.path:
     sys.path.insert(0, TOP)
 
-import numpy as np
-
 from lib import cli, files
 from lib.intervals import mean_interval
 
@@ -24,6 +22,7 @@ METHODS = (
     *('discriminative, LoRA', 'generative, LoRA', 'generative, LoRA, posterior'),
 )
 BOTH = 'discriminative', 'generative'
+SIZES = 8, 32, 128, 512, 'all'  # rows per class
 MARKED = re.compile(r'(<!-- table (\w+) -->\n).*?(<!-- end -->)', re.S)
 
 
@@ -42,15 +41,18 @@ def markdown(head, rows, right=0):
     return ''.join(f'| {" | ".join(map(str, cells))} |\n' for cells in (head, rule, *rows))
 
 
+def accuracies(rows, **key):
+    """-> accuracies of the rows with this key in percent, one per seed"""
+    return [100 * r['accuracy'] for r in rows if all(r.get(k) == v for k, v in key.items())]
+
+
 def cell(rows, **key):
     """Mean over seeds and its 95 % interval (Student's t), in percent; one or two seeds as they
     are; empty if not measured."""
-    found = [100 * r['accuracy'] for r in rows if all(r.get(k) == v for k, v in key.items())]
-    if not found:
-        return ''
+    found = accuracies(rows, **key)
     if len(found) < 3:
         return ', '.join(f'{value:.1f}' for value in found)
-    mean, half = mean_interval(np.array(found))
+    mean, half = mean_interval(found)
     return f'{mean:.1f} ± {half:.1f}'
 
 
@@ -62,7 +64,7 @@ def rows_per_class():
     rows = [r for r in experiments() if r['experiment'] == 'rows']
     lines = []
     for name in sets(rows):
-        for size in (8, 32, 128, 512, 'all'):
+        for size in SIZES:
             cells = [cell(rows, data=name, condition=size, method=m) for m in METHODS]
             lines += [(NAMES[name], size, *cells)] if any(cells) else []
     return markdown(('data', 'rows per class', *METHODS), lines, 1)

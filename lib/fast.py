@@ -14,7 +14,7 @@ from types import MethodType
 import torch
 
 from lib import ranks, selfcheck
-from lib.blocks import FastBlock, Rows, make_block, make_layer
+from lib.blocks import FastBlock, Rows, fast_forward, make_block, make_layer
 from lib.matrices import packing
 from lib.rows import TrainedRows
 from lib.vocabulary import FastVocabulary
@@ -46,7 +46,7 @@ def speed_up(model, device, dtype, token_ids=None, pack=True, matrix=None):
 
     if model.classes and same('GPT.hidden', selfcheck.check_hidden(model, share_blocks, formula)):
         share_blocks(model)
-    ends_fast = model.pooling == 'last' and isinstance(vars(model.h[-1]).get('forward'), FastBlock)
+    ends_fast = model.pooling == 'last' and isinstance(fast_forward(model.h[-1]), FastBlock)
     if hasattr(model, 'score') and ends_fast and not model.classes:
         if same('GPT.classify', selfcheck.check_classify(model, read_last, formula)):
             read_last(model)
@@ -125,7 +125,7 @@ def without_pads(model, x, lengths):
     if torch.is_grad_enabled() or x.device.type != 'cpu':
         return None
     few = lengths.sum() > 0.98 * x.shape[0] * x.shape[1]
-    fast = all(isinstance(vars(block).get('forward'), FastBlock) for block in model.h)
+    fast = all(isinstance(fast_forward(block), FastBlock) for block in model.h)
     return None if few or not fast else Rows(lengths, x.shape[1])
 
 

@@ -17,7 +17,7 @@ import sys
 import torch
 
 from lib import fast, ranks
-from lib.blocks import FastBlock
+from lib.blocks import FastBlock, fast_forward
 from lib.files import UserError
 from lib.matrices import Packed32, Unpacked
 from lib.packed import FastConv1D, FastLoRA
@@ -194,7 +194,7 @@ def attach(model, device):
     """Let the blocks of a model multiply in int8 -> number of layers that do, of all"""
     fast.speed_up(model, device, torch.float32, matrix=Int8)
     for block in model.h:
-        quick = vars(block).get('forward')
+        quick = fast_forward(block)
         last = quick.mlp.c_proj if isinstance(quick, FastBlock) else None
         if isinstance(last, (FastConv1D, FastLoRA)):
             last.matrix = AfterGELU
@@ -206,6 +206,6 @@ def attach(model, device):
 
 def in_int8(module):
     """Number of products in int8 that speed_up put into the place of a module's forward."""
-    quick = vars(module).get('forward')
+    quick = fast_forward(module)
     layers = quick.layers if isinstance(quick, FastBlock) else [quick]
     return sum(isinstance(layer, (FastConv1D, FastLoRA)) for layer in layers)

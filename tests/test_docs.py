@@ -1,5 +1,6 @@
 """docs/: tables and pictures come from the numbers in docs/results/; the experiments."""
 
+import contextlib
 import glob
 import json
 import os
@@ -102,11 +103,12 @@ def test_experiments_fill_their_file():
     world += [(experiments.Study, 'fit', fit), (experiments.Study, 'probs', probs)]
     world += [(experiments, 'linear', lambda train, test: None)]
     argv = ['--data', 'sst2', '--seeds', '1', '--json', path]
-    with patched(*world[0]), patched(*world[1]), patched(*world[2]), patched(*world[3]):
-        with patched(*world[4]):
-            text = script(experiments.main, argv)[1]
-            runs = len(fitted)
-            again = script(experiments.main, argv)[1]
+    with contextlib.ExitStack() as stack:
+        for where in world:
+            stack.enter_context(patched(*where))
+        text = script(experiments.main, argv)[1]
+        runs = len(fitted)
+        again = script(experiments.main, argv)[1]
     assert len(fitted) == runs == 5 * 5 + 2 * 3 and not again
     rows = read_json(path)['rows']
     assert len(text.splitlines()) == len(rows) == len({json.dumps(r) for r in rows})
