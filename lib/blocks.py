@@ -140,7 +140,7 @@ class FastMLP:
 
     def vjp(self, g, tape, need):
         g, *last = self.c_proj.vjp(g, tape, True)
-        dx, *first = self.c_fc.vjp(*self.gelu.vjp(g, tape, True), tape, need)
+        dx, *first = self.c_fc.vjp(*self.gelu.vjp(g, tape, True, own=True), tape, need)
         return dx, *first, *last
 
 

@@ -2,7 +2,9 @@
 lib/runs.py call pick_device() and place()."""
 
 import contextlib
+import functools
 import os
+import platform
 
 import torch
 import torch.nn as nn
@@ -19,6 +21,16 @@ def cpu_has_bf16():
     float32."""
     checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
     return any(getattr(torch.cpu, name, bool)() for name in checks)
+
+
+@functools.lru_cache(None)
+def cpu_is_intels(path='/proc/cpuinfo'):
+    """Did Intel make this CPU? MKL is fast on those alone."""
+    try:
+        with open(path) as f:
+            return 'GenuineIntel' in f.read()
+    except OSError:  # Windows names the maker, macOS has Intel's if it has MKL
+        return 'AMD' not in platform.processor()
 
 
 def pick_device(device='auto', dtype='auto'):

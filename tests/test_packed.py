@@ -11,19 +11,33 @@ import lib.matrices
 import lora
 from lib import dropout
 from lib.blocks import FastBlock, make_block, make_layer
-from lib.device import autocast, place
+from lib.device import autocast, cpu_is_intels, place
 from lib.fast import speed_up
-from lib.matrices import Packed, Packed32, Unpacked, Unpacked32, packing
+from lib.matrices import MKLPacked32, Packed, Packed32, Unpacked, Unpacked32, packing
 from lib.packed import GELU, FastConv1D, FastLoRA, Taped, ThinLoRA
 from model import Conv1D
-from tests.helpers import ALL, CPU, SMALL, far, formula_model, patched, ragged, skip, stirred
+from tests.helpers import (
+    ALL,
+    CPU,
+    SMALL,
+    far,
+    formula_model,
+    patched,
+    ragged,
+    skip,
+    stirred,
+    tmp,
+    write,
+)
 
 # what computes the products, its tolerance: of float64, of one rounding to bfloat16, of float32
 KINDS = [(Unpacked, 1e-12), (Unpacked32, 1e-12)] + [(Packed, 1 / 128)] * Packed.possible(
     CPU, torch.bfloat16
 )
-MKL = '_mkl_linear'
 KINDS += [(Packed32, 2e-6)] * Packed32.possible(CPU, torch.float32)
+with patched(lib.matrices, 'cpu_is_intels', lambda: True):  # exact on other CPUs as well
+    HAS_MKL = MKLPacked32.possible(CPU, torch.float32)
+KINDS += [(MKLPacked32, 2e-6)] * HAS_MKL
 
 
 def needs_packing():
@@ -164,7 +178,7 @@ def test_block_as_one_node():
             results = []
             for kind in ('node', 'layers', 'plain'):
                 twin = copy.deepcopy(block)
-                twin = twin if matrix in (Packed, Packed32) and kind != 'plain' else twin.double()
+                twin = twin if issubclass(matrix, Packed) and kind != 'plain' else twin.double()
                 forward = twin
                 if kind != 'plain':
                     forward = make_block(twin, matrix)
@@ -243,17 +257,26 @@ def test_packed_model_is_the_plain_one():
 
 
 def test_which_matrices_pack():
-    """bfloat16 by oneDNN where it is native, float32 by MKL, nothing on a GPU, in float16 or with a
-    torch that lacks the operators."""
+    """bfloat16 by oneDNN where it is native; float32 by MKL on Intel's CPUs, on others by oneDNN;
+    nothing on a GPU, in float16 or with a torch that lacks the operators."""
+    half = [Packed] * all(hasattr(torch.ops.mkldnn, name) for name in ('_linear_pointwise',))
     for native in (True, False):
         with patched(lib.matrices, 'cpu_has_bf16', lambda native=native: native):
-            kinds = [packing(CPU, d) for d in (torch.bfloat16, torch.float32, torch.float16)]
-            assert kinds[0] in ((Packed, None) if native else (None,)) and kinds[2] is None
-            assert kinds[1] in (Packed32, None) and (kinds[1] or not hasattr(torch.ops.mkl, MKL))
+            kinds = [packing(CPU, d) for d in (torch.bfloat16, torch.float16)]
+            assert kinds == [half[0] if native and half else None, None]
             assert packing(torch.device('cuda'), torch.float32) is None
-    with patched(torch.backends.mkl, 'is_available', lambda: False):
-        assert packing(CPU, torch.float32) is None
-    if packing(CPU, torch.float32):  # blocks that fit no other number of rows
+    other = Packed32 if Packed32.possible(CPU, torch.float32) else None
+    for intels in (True, False):
+        with patched(lib.matrices, 'cpu_is_intels', lambda intels=intels: intels):
+            assert packing(CPU, torch.float32) is (MKLPacked32 if intels and HAS_MKL else other)
+            with patched(torch.backends.mkl, 'is_available', lambda: False):
+                assert packing(CPU, torch.float32) is other
+            with patched(torch.backends.mkldnn, 'is_available', lambda: False):
+                assert packing(CPU, torch.bfloat16) is packing(CPU, torch.float32) is None
+    for maker in ('GenuineIntel', 'AuthenticAMD'):
+        path = write('cpuinfo', f'processor : 0\nvendor_id : {maker}\n', tmp())
+        assert cpu_is_intels(path) == (maker == 'GenuineIntel')
+    if HAS_MKL:  # blocks that fit no other number of rows
         again, right = lib.matrices.mkl_packs.__wrapped__, lib.matrices.multiply
         wrong = lambda x, *rest: right(x, *rest) + (len(x) == 33)  # noqa: E731
         assert again()
@@ -308,7 +331,7 @@ def test_float32_stays_exact():
                     x, y = (m.hidden(part) for m in (b, a))
                 assert x.dtype == torch.float32 and far(x, y) < 1e-5, (classes, trains, far(x, y))
             block = vars(b.h[1])['forward']
-            assert block.one_node and block.attn.c_attn.matrix is Packed32
+            assert block.one_node and block.attn.c_attn.matrix is packing(CPU, torch.float32)
             assert (block.mlp.c_fc.folded is None) == trains
             assert all(torch.equal(p, q) for p, q in zip(kept, b.parameters()))
 
