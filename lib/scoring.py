@@ -23,7 +23,9 @@ def in_batches(
     needed; as many at a time as fit `batch_tokens` padded tokens, each read `copies` times. The
     model is in evaluation mode meanwhile. Ranks share the texts. progress: show it; (i, n) for pass
     i of n."""
-    cached = (256 if dtype == torch.float32 else 512) * min(copies, 3)  # by a CPU
+    # whose activations a CPU keeps in its cache: 256 of float32 at GPT-2's width
+    cached = max(256, 256 * 768 // model.cfg.n_embd) * min(copies, 3)
+    cached *= 1 if dtype == torch.float32 else 2
     batch_tokens = batch_tokens or (cached if device.type == 'cpu' else 65536)  # that fills a GPU
     lengths = np.minimum(tokens.lengths, max_length)
     order = np.argsort(-lengths, kind='stable')
