@@ -60,6 +60,11 @@ def skip(reason):
     raise unittest.SkipTest(reason)
 
 
+def needs_fork():
+    if not hasattr(os, 'fork'):
+        skip('this system has no fork()')
+
+
 def stop_here(*a, **k):
     raise Stop
 

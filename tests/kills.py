@@ -14,7 +14,7 @@ import train_cls
 import train_gen
 from lib.cli import exit_code
 from lib.files import UserError
-from tests.helpers import FLAGS, METHODS, TINY, records, skip, tmp, topics, tree
+from tests.helpers import FLAGS, METHODS, TINY, needs_fork, records, tmp, topics, tree
 
 NANO = '--model nano --scratch --n_head 2 --n_embd 16 --max_samples 30'.split()
 KILLS = {}
@@ -70,8 +70,7 @@ def kill_and_resume(name, kills, seed):
     """A run is killed `kills` times, each time somewhere else (every other time while it writes
     files), and resumed until it is done. It ends with the files of a run that was never killed. ->
     number of kills that struck"""
-    if not hasattr(os, 'fork'):
-        skip('no fork here')
+    needs_fork()
     main, flags = KILLS[name]
     rng, out = random.Random(f'{name} {seed}'), os.path.join(tmp(), 'run')
     flags = [topics() if f == 'TOPICS' else f for f in flags] + STEPS

@@ -23,12 +23,12 @@ from tests.helpers import (
     gen_run,
     generate,
     joint,
+    needs_fork,
     over_base,
     pretrained,
     raises,
     records,
     script,
-    skip,
     tiny_run,
     tmp,
     topics,
@@ -264,8 +264,7 @@ def test_gen_folder_names():
 def test_classes_trained_by_several_processes_at_once():
     """--class_id K in three processes with one --out: the run of one process, without a lost log
     line."""
-    if not hasattr(os, 'fork'):
-        skip('no fork here')
+    needs_fork()
     flags = ['--data', topics(('animals', 'colours', 'numbers')), '--model', pretrained()]
     flags += '--dtype fp32 --max_steps 24 --device cpu'.split()
     whole, _ = generate(*flags)

@@ -10,7 +10,7 @@ import sys
 import traceback
 
 from lib.files import read_json
-from tests.helpers import TOP, skip, tmp, topics
+from tests.helpers import TOP, needs_fork, tmp, topics
 
 SHAPE = '--model nano --scratch --n_layer 2 --n_head 2 --n_embd 32 --dtype fp32 --seed 1'.split()
 STEPS = '--max_steps 6 --batch_size 8 --lr 1e-2 --log_every 1 --eval_every 6'.split()
@@ -123,8 +123,7 @@ def plain(script, flags):
 
 def check(title):
     """The edit changes the losses, or the data; and the run is trained, saved, opened, tested."""
-    if not hasattr(os, 'fork'):
-        skip('this system has no fork()')
+    needs_fork()
     script, _, same_start, slower = RUNS[title]
     argv = flags_of(title)
     losses, results, text = run_copy(copy_of(recipes()[title]), script, argv)
