@@ -11,6 +11,8 @@ from lib.files import UserError
 from lib.progress import Progress
 from lib.report import counted
 
+CACHED = 256 * 768  # float32 numbers of a layer's output that a CPU keeps in its cache
+
 
 @torch.no_grad()
 def in_batches(
@@ -23,8 +25,7 @@ def in_batches(
     needed; as many at a time as fit `batch_tokens` padded tokens, each read `copies` times. The
     model is in evaluation mode meanwhile. Ranks share the texts. progress: show it; (i, n) for pass
     i of n."""
-    # whose activations a CPU keeps in its cache: 256 of float32 at GPT-2's width
-    cached = max(256, 256 * 768 // model.cfg.n_embd) * min(copies, 3)
+    cached = max(256, CACHED // model.cfg.n_embd) * min(copies, 3)  # tokens
     cached *= 1 if dtype == torch.float32 else 2
     batch_tokens = batch_tokens or (cached if device.type == 'cpu' else 65536)  # that fills a GPU
     lengths = np.minimum(tokens.lengths, max_length)
