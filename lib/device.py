@@ -23,14 +23,21 @@ def cpu_has_bf16():
     return any(getattr(torch.cpu, name, bool)() for name in checks)
 
 
+def cpuinfo(path='/proc/cpuinfo'):
+    """What Linux says of its CPUs; '' on other systems."""
+    with contextlib.suppress(OSError), open(path) as f:
+        return f.read()
+    return ''
+
+
 @functools.lru_cache(None)
 def cpu_is_intels(path='/proc/cpuinfo'):
     """Did Intel make this CPU? MKL is fast on those alone."""
-    try:
-        with open(path) as f:
-            return 'GenuineIntel' in f.read()
-    except OSError:  # Windows names the maker, macOS has Intel's if it has MKL
-        return 'AMD' not in platform.processor()
+    if text := cpuinfo(path):
+        return 'GenuineIntel' in text
+    return (
+        'AMD' not in platform.processor()
+    )  # Windows names the maker; macOS has Intel's, or no MKL
 
 
 def pick_device(device='auto', dtype='auto'):

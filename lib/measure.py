@@ -10,6 +10,8 @@ import time
 import numpy as np
 import torch
 
+from lib.device import cpuinfo
+
 CLASSES = 4  # of --task gen
 SETS = 'avx2 fma avx512f avx_vnni avx512_vnni avx512_bf16 avx512_fp16 amx_tile amx_int8 amx_bf16'
 SETS = f'{SETS} asimd asimddp sve sve2 i8mm bf16'.split()  # as /proc/cpuinfo has them; x86, ARM
@@ -55,9 +57,7 @@ def machine():
 
 def cpu(path='/proc/cpuinfo'):
     """-> name of this CPU, those of its instruction sets that decide how fast products are"""
-    text = ''
-    with contextlib.suppress(OSError), open(path) as f:  # Linux alone
-        text = f.read()
+    text = cpuinfo(path)
     name = re.search(r'^model name\s*: (.+)', text, re.M)
     flags = re.search(r'^(?:flags|Features)\s*: (.+)', text, re.M)
     have = flags[1].split() if flags else torch.backends.cpu.get_cpu_capability().lower().split()
