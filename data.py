@@ -199,6 +199,7 @@ def carve(split, rows, n, labels, rng, notes):
     kept = [rows[i] for i in sorted(taken) if rows[i][0] not in texts]
     if not kept:
         why = f'{len(rows)} rows in {len(labels)} classes are too few to hold {split} rows out'
+        why += f' ({"; ".join(notes)})' if notes else ''
         raise UserError(f'{why}; add rows, or give --{split} FILE')
     also = f'; {len(taken) - len(kept):,} of them dropped, as their text also stands in train'
     notes.append(

@@ -128,7 +128,7 @@ class GPT(nn.Module):
         # lora.py: learned vectors in front of every text, (N, C), or (K, N, C) with classes
         self.register_parameter('prompt', None)
         self.pooling, self.pad_to = 'last', 0  # what pool() reads; with 'pad' (B, pad_to) ids
-        self.classes = 0  # K > 0: LoRA or prompt hold K slices, and every text is read K times
+        self.classes = 0  # K > 0: LoRA or prompt of K classes; every text is read K times
 
     @property
     def end(self):

@@ -159,7 +159,7 @@ class Phase:
         self.val = tokenize(run.enc, [ds.val.texts[i] for i in val_rows], cache=False)
         self.lengths = np.minimum(run.train.lengths[self.rows], args.max_length)  # (N,) tokens read
         scored = scored_lengths(run.cfg.vocab_size - 1, run.train, args.max_length)
-        self.scored = scored[self.rows]  # (N,) tokens with their <|endoftext|>
+        self.n_scored = scored[self.rows]  # (N,) tokens with their <|endoftext|>
         share = len(self.rows) / len(run.train)
         length = max(1, round(args.max_steps * share)), args.epochs, args.lr
         if kind == 'posterior':
@@ -188,8 +188,8 @@ class Phase:
 
     def loss_of(self, ids, n, ends, y):
         """Sum of a batch's losses: -log P(text | its class), or the cross-entropy of the posterior
-        with a share of likelihood (hybrid loss of GeDi, arXiv 2009.06367). ids (B, T), n (B,)
-        tokens, ends (B,): scored with <|endoftext|>, y (B,) classes."""
+        mixed with --likelihood_share of the likelihood (hybrid loss of GeDi, arXiv 2009.06367).
+        ids (B, T), n (B,) tokens, ends (B,): scored with <|endoftext|>, y (B,) classes."""
         with device.autocast(self.run.dev, self.run.dtype):
             of = y if self.kind == 'prefix' else None
             logprobs = self.net(ids, n, ends, of=of)  # (B,), of the posterior (B, K)
@@ -202,7 +202,7 @@ class Phase:
 
     def weight_of(self, rows):
         """What the loss of a step is divided by: its tokens, of the posterior its rows."""
-        return len(rows) if self.kind == 'posterior' else int(self.scored[rows].sum())
+        return len(rows) if self.kind == 'posterior' else int(self.n_scored[rows].sum())
 
     def val_logprobs(self):
         """log P of every validation text (n, 1), or (n, K) of a model with classes."""

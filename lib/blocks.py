@@ -14,13 +14,13 @@ FLASH = '_scaled_dot_product_flash_attention_for_cpu'
 
 def make_layer(layer, matrix):
     """-> what computes a Conv1D or LoRA faster, or None."""
-    if has_hooks(layer):
+    if changed(layer):
         return None
     if type(layer) is Conv1D and matrix and frozen(layer):
         return FastConv1D(layer, matrix)
     if type(layer) is LoRA:
         base = layer.base
-        packs = matrix and type(base) is Conv1D and frozen(base) and not has_hooks(base)
+        packs = matrix and type(base) is Conv1D and frozen(base) and not changed(base)
         return FastLoRA(layer, matrix) if packs else ThinLoRA(layer)
     return None
 
@@ -31,13 +31,18 @@ def make_block(block, matrix):
     mlp = block.mlp.sub if type(block.mlp) is Adapter else block.mlp
     known = [type(block) is Block, type(attn) is Attention, type(mlp) is MLP]
     known += [type(ln) is nn.LayerNorm for ln in (block.ln_1, block.ln_2)]
-    if not all(known) or any(map(has_hooks, block.modules())):
+    if not all(known) or any(map(changed, block.modules())):
         return None
     return FastBlock(block, attn, mlp, matrix)
 
 
 def frozen(module):
     return not any(p.requires_grad for p in module.parameters())
+
+
+def changed(module):
+    """Does an instance compute something else than its class says?"""
+    return 'forward' in vars(module) or has_hooks(module)
 
 
 def has_hooks(module):
@@ -150,6 +155,7 @@ class FastBlock:
 
     def __init__(self, block, attn, mlp, matrix):
         self.block, self.attn, self.mlp = block, FastAttention(attn, matrix), FastMLP(mlp, matrix)
+        self.inside = list(block.modules())
         self.layers = (self.attn.c_attn, self.attn.c_proj, self.mlp.c_fc, self.mlp.c_proj)
         self.one_node = (
             all(isinstance(layer, (FastConv1D, FastLoRA)) for layer in self.layers)
@@ -162,6 +168,8 @@ class FastBlock:
     def __call__(self, x, last=None, rows=None):
         """x (B, T, C), or (n, C) with rows -> the same; with last (B,), one position of each text
         -> (B, 1, C): all that a classifier needs of the last block, a quarter of its work."""
+        if any(map(has_hooks, self.inside)):  # registered since
+            return type(self.block).forward(self.block, x)
         if last is None and self.one_node and torch.is_grad_enabled() and not self.drops():
             weights = [w for layer in self.layers for w in layer.weights]
             if x.requires_grad or weights:

@@ -5,7 +5,7 @@ import os
 import shutil
 
 import lora
-from lib import checkpoints, files
+from lib import checkpoints, files, shipped
 from lib.base import data_dir_of
 from lib.download import find
 from lib.files import UserError
@@ -40,6 +40,11 @@ def export(path, folder, data_dir=None, base=None):
     temp = f'{os.path.abspath(folder)}.{os.getpid()}.tmp'
     try:
         for name, model, index in parts:
+            methods = shipped.CLASSIFY if run.kind == 'cls' else shipped.LOGPROB
+            edited = shipped.edited(model.h) + shipped.edited(model, methods)
+            if edited := [name for name in edited if not name.startswith('LoRA.')]:
+                problem = f'{", ".join(edited)} was edited, and transformers computes GPT-2'
+                raise UserError(f'{path} cannot be exported: {problem}')
             if why := check_merge(model):
                 raise UserError(f'{path} cannot be merged: LoRA is not W + scale B A ({why})')
             state, part = lora.merged_state(model, index), os.path.join(temp, name)

@@ -2,9 +2,9 @@
 instances of a plain GPT. Called by the training scripts and lib/runs.py; leaving it out
 (--plain) changes nothing but the time and, in training, which values dropout drops.
 
-Every replacement is first compared with the plain code that it replaces (lib/selfcheck.py). So an
-edit of model.py or lora.py takes effect: where the two differ, the plain code stays in place, and a
-line says so."""
+An edit of model.py or lora.py takes effect: what was edited (lib/shipped.py) has no faster part,
+and a line says so. The parts of a block are compared with the plain code before they are used
+(lib/selfcheck.py)."""
 
 import ctypes
 import gc
@@ -13,8 +13,8 @@ from types import MethodType
 
 import torch
 
-from lib import ranks, selfcheck
-from lib.blocks import FastBlock, Rows, fast_forward, make_block, make_layer
+from lib import ranks, selfcheck, shipped
+from lib.blocks import FastBlock, Rows, fast_forward, has_hooks, make_block, make_layer
 from lib.matrices import packing
 from lib.rows import TrainedRows
 from lib.vocabulary import FastVocabulary
@@ -30,55 +30,61 @@ def speed_up(model, device, dtype, token_ids=None, pack=True, matrix=None):
     frozen matrices in place of the one for dtype (lib/int8.py).  Frozen weights must not be
     changed afterwards."""
     floats = packing(device, dtype) if pack else None
-    matrix = matrix or floats
-    formula = matrix and matrix.formula  # in whose place the formulas are checked
-    edited = {}  # {name of plain code that stays in place: how it differs}
-    checked = {}
+    matrix, checked, plain = matrix or floats, {}, {}  # plain: {what runs as written: why}
     for block in model.h if pack else ():
-        if not install(block, make_block, matrix, checked, edited):
+        if not install(block, make_block, matrix, checked, plain):
             for layer in list(block.modules()):
                 if isinstance(layer, (Conv1D, LoRA)):
-                    install(layer, make_layer, matrix, checked, edited)
+                    install(layer, make_layer, matrix, checked, plain)
 
-    def same(name, why):
-        edited.update({name: why} if why else {})
-        return not why
+    def known(method, methods):
+        """Are the methods of GPT that a faster one of this name stands for those that it knows?"""
+        found = shipped.edited(model, methods)
+        plain.update({method: as_written(found)} if found else {})
+        return not found
 
-    if model.classes and same('GPT.hidden', selfcheck.check_hidden(model, share_blocks, formula)):
+    if model.classes and known('GPT.hidden', shipped.HIDDEN):
         share_blocks(model)
     ends_fast = model.pooling == 'last' and isinstance(fast_forward(model.h[-1]), FastBlock)
     if hasattr(model, 'score') and ends_fast and not model.classes:
-        if same('GPT.classify', selfcheck.check_classify(model, read_last, formula)):
+        if known('GPT.classify', shipped.CLASSIFY):
             read_last(model)
-    if same('GPT.next_logprobs', selfcheck.check_vocabulary(model, FastVocabulary)):
+    if known('GPT.next_logprobs', ['next_logprobs']):
         packs = floats and not model.wte.weight.requires_grad
         model.next_logprobs = FastVocabulary(model, floats if packs else None)
     if token_ids is not None and model.wte.weight.requires_grad:
-        if same('GPT.embed', selfcheck.check_rows(model, TrainedRows)):
+        if known('GPT.embed', shipped.CLASSIFY):
             TrainedRows(model.wte, token_ids)
     if device.type == 'cpu':
         keep_freed_memory()
-    if edited and ranks.rank() == 0:
-        why = '; '.join(dict.fromkeys(edited.values()))
-        text = f'note: {", ".join(edited)} as in model.py and lora.py, without the faster version'
-        print(f'{text}, which computes something else ({why})', file=sys.stderr)
+    for why in dict.fromkeys(plain.values()) if ranks.rank() == 0 else ():
+        parts = ', '.join(part for part, reason in plain.items() if reason == why)
+        print(f'note: no faster version of {parts}: {why}', file=sys.stderr)
 
 
-def install(module, make, matrix, checked, edited):
-    """Put make(module, matrix) into the place of module.forward if both compute the same, which is
-    checked once for all modules of a kind. -> is it in place?"""
+def install(module, make, matrix, checked, plain):
+    """Put make(module, matrix) into the place of module.forward if it stands for the code as it is
+    and computes the same, which is checked once for all modules of a kind. -> is it in place?"""
     fast = make(module, matrix)
     if fast is None:
         return False
     kind = [(name, type(m)) for name, m in module.named_modules()]
     kind = repr((kind, [(n, p.shape, p.requires_grad) for n, p in module.named_parameters()]))
     if kind not in checked:
-        checked[kind] = selfcheck.check_module(module, make, matrix and matrix.formula)
+        names, formula = shipped.edited(module), matrix and matrix.formula
+        differs = '' if names else selfcheck.check_module(module, make, formula)
+        checked[kind] = (
+            as_written(names) if names else differs and f'it is not the same ({differs})'
+        )
     if checked[kind]:
-        edited[type(module).__name__] = checked[kind]
+        plain[type(module).__name__] = checked[kind]
         return False
     module.forward = fast
     return True
+
+
+def as_written(names):
+    return f'{", ".join(names)} edited, runs as written'
 
 
 def folds(device, dtype):
@@ -109,7 +115,7 @@ def read_last(model):
 
 
 def classify(self, ids, lengths):
-    if not len(self.h):  # a tail of lib/frozen.py
+    if not len(self.h) or any(map(has_hooks, self.modules())):  # a tail of lib/frozen.py; hooks
         return type(self).classify(self, ids, lengths)
     x = self.embed(ids)
     last = x.shape[1] - ids.shape[1] + lengths - 1  # prompt vectors shift positions
@@ -138,7 +144,13 @@ def hidden(self, ids, of=None):
     copies = self.classes if of is None else 0
     if not copies or self.prompt is not None:
         return type(self).hidden(self, ids, of)
-    x, split = self.embed(ids), selfcheck.first_lora(self)
+    x, split = self.embed(ids), first_lora(self)
     for i, block in enumerate(self.h):
         x = block(x.repeat(copies, 1, 1) if i == split else x)
     return self.ln_f(x)
+
+
+def first_lora(model):
+    """Number of the first block that has a LoRA; 0 without."""
+    has = [any(isinstance(m, LoRA) for m in block.modules()) for block in model.h]
+    return has.index(True) if True in has else 0

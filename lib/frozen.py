@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import data
-from lib import files
+from lib import files, shipped
 from lib.device import autocast
 from lib.files import UserError
 from lib.report import counted
@@ -41,10 +41,13 @@ def has_trainables(module):
 
 
 def cache(model, splits, max_length, keep, device, dtype):
-    """splits {name: Tokens} -> Feed, or None where no block is frozen or the rest of the model
-    needs more than their output."""
+    """splits {name: Tokens} -> Feed, or None where no block is frozen, what they compute was edited
+    (it may differ from step to step), or the rest of the model needs more than their output."""
     depth = frozen_depth(model)
     if not depth:
+        return None
+    if names := shipped.edited(model.h) + shipped.edited(model, shipped.HIDDEN):
+        print(f'frozen blocks are not cached: {", ".join(names)} as edited')
         return None
     print(f'caching the output of {counted(depth, "frozen block")}', flush=True)
     where = (max_length, keep, device, dtype)

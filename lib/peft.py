@@ -3,6 +3,7 @@ GPT, written and read. Called by lib/runfolder.py, lib/runs.py, lib/foreign.py a
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -23,9 +24,9 @@ REGEX_SECONDS = 5  # for a regular expression of target_modules; 0.1 s are usual
 # that is set is refused
 FIELDS = set(
     """peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
-    r target_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save
-    init_lora_weights layers_to_transform layers_pattern megatron_core qalora_group_size
-    ensure_weight_tying""".split()
+    r target_modules lora_alpha alpha_pattern lora_dropout fan_in_fan_out bias use_rslora
+    modules_to_save init_lora_weights layers_to_transform layers_pattern megatron_core
+    qalora_group_size ensure_weight_tying""".split()
 )
 
 # --- writing ---
@@ -45,7 +46,10 @@ def save_peft(folder, model, base_name, index=None):
         if len(layers) < len(targets) * cfg.n_layer:  # not in every block: full names
             targets = list(layers)
         r = m.A.shape[-2]
-        config.update(peft_type='LORA', r=r, lora_alpha=m.scale * r, lora_dropout=m.p, bias='none')
+        alphas = {n: float(layer.scale) * r for n, layer in layers.items()}
+        alpha = next(iter(alphas.values()))
+        config.update(peft_type='LORA', r=r, lora_alpha=alpha, lora_dropout=m.p, bias='none')
+        config.update(alpha_pattern={n: a for n, a in alphas.items() if a != alpha})
         config.update(fan_in_fan_out=True, target_modules=targets)
         config.update(modules_to_save=['score'] if head else None)
     else:
@@ -114,9 +118,10 @@ def load_peft(folder, model, classes=0):
         for i, one in enumerate(folders):
             index = i if classes else None
             fill(model, adapter_tensors(one), peft_names(model), one, index)
-        for m in model.modules():
-            if isinstance(m, LoRA):  # as saved, whatever add_lora or LoRA make of alpha and r
-                m.scale = first['alpha'] / (m.A.shape[-2] ** (0.5 if first['rslora'] else 1))
+        for name, m in model.named_modules():
+            if isinstance(m, LoRA) and not isinstance(m.scale, torch.nn.Parameter):
+                # as saved, whatever add_lora or LoRA make of alpha and r
+                m.scale = alpha_of(name, first) / (m.A.shape[-2] ** (0.5 if first['rslora'] else 1))
 
     add_filled(model, add, fill_all)
     known.update(peft_names(model).values())
@@ -195,11 +200,17 @@ def peft_config(folder):
     def list_of(kind):
         return lambda v: not isinstance(v, list) or all(type(x) is kind for x in v)
 
+    def numbers(alphas):
+        pairs = (alphas or {}).items()
+        known = [re.fullmatch(r'[\w.]+', end) and type(a) in (int, float) for end, a in pairs]
+        return all(known) and all(abs(a) < 1e6 for _, a in pairs)
+
     targets = field('target_modules', [str, list], lambda t: t and list_of(str)(t))
     blocks = field('layers_to_transform', [int, list, type(None)], list_of(int))
     return dict(
         r=field('r', [int], lambda r: 0 < r < 10**7),
         alpha=float(field('lora_alpha', [int, float], lambda a: abs(a) < 1e6)),
+        alphas=field('alpha_pattern', [dict, type(None)], numbers) or {},
         dropout=float(field('lora_dropout', [int, float], lambda p: 0 <= p < 1, 0.0)),
         targets=targets if isinstance(targets, str) else sorted(targets),
         rslora=bool(field('use_rslora', [bool, type(None)])),
@@ -207,9 +218,16 @@ def peft_config(folder):
     )
 
 
+def alpha_of(name, config):
+    """alpha of a layer: that of the first name in PEFT's alpha_pattern that its own ends with."""
+    own = [a for end, a in config['alphas'].items() if f'.transformer.{name}'.endswith(f'.{end}')]
+    return own[0] if own else config['alpha']
+
+
 def lora_options(config, model):
     """What peft_config returned -> the arguments of lora.add_lora: a regular expression of
     target_modules becomes the names of layers that it matches."""
+    config = {key: value for key, value in config.items() if key != 'alphas'}
     targets = config['targets']
     if isinstance(targets, str):
         available = list(lora.layers(model, blocks=config['blocks']))

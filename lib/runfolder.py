@@ -8,7 +8,7 @@ import shlex
 import sys
 
 import lora
-from lib import base, checkpoints, files, ranks, rundata
+from lib import base, checkpoints, files, ranks, rundata, shipped
 from lib.checkpoints import NAMES
 from lib.files import UserError
 from lib.flags import METHODS, POOLS
@@ -79,7 +79,7 @@ def save_weights(folder, model, method, labels, base_name, read=None):
 
 
 def notes(model, method, pool='last'):
-    """Lines about what other programs will miss in the folder of a run."""
+    """Lines about what other programs will miss, or compute otherwise, in the folder of a run."""
     names = [] if method == 'adapter' else lora.trainables(model)
     names = {n for n in names if not NAMES.fullmatch(lora.plain_name(n))}
     names -= set(peft_names(model).values())
@@ -87,6 +87,11 @@ def notes(model, method, pool='last'):
         names |= extras(model).keys()
     names = sorted({re.sub(r'\bh\.\d+\.', 'h.*.', n) for n in names})
     lines = [f'  {", ".join(names)}: saved, but transformers and PEFT will ignore it'] * bool(names)
+    methods = shipped.CLASSIFY if model.num_labels else shipped.LOGPROB
+    if edited := shipped.edited(model.h) + shipped.edited(model, methods):
+        lines += [
+            f'  {", ".join(edited)} as edited: transformers and PEFT compute GPT-2 without it'
+        ]
     if pool != 'last':
         lines += [f'  --pool {pool}: transformers and PEFT pool the last token: other logits there']
     return lines
@@ -117,6 +122,8 @@ def load_adapters(path, model, bottleneck):
 
 def info_of(path, moved=None):
     """run.json of a run folder, or what it would say of a folder from elsewhere (moved: --base)."""
+    if os.path.isfile(path):
+        raise UserError(f'{path} is a file: name the run folder that it is in')
     ours = os.path.isfile(os.path.join(path, 'run.json'))
     return read_run(path) if ours else elsewhere(path, moved)
 

@@ -1,26 +1,22 @@
-"""Comparison of the plain code with the faster code that lib/fast.py puts into its place:
-values and gradients, in float64, on small copies of the parts. Costs a fraction of a second."""
+"""Comparison of the plain code with the faster code that lib/fast.py puts into its place, and
+with what merging makes of LoRA: values and gradients, in float64, on copies of a block or layer.
+Costs a fraction of a second."""
 
 import contextlib
 import copy
 import threading
-from dataclasses import replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils import checkpoint
 
 import lora
 from lib import dropout
-from lib.blocks import make_block
 from lib.tensors import give_back
 from lora import LoRA
-from model import Embedding
 
 TOLERANCE = 1e-7  # of the largest value
 LOCK = threading.RLock()  # the comparisons replace functions of torch for a moment
-TOKENS = 64  # vocabulary of a small copy
 
 
 def check_module(module, make, matrix):
@@ -41,71 +37,6 @@ def check_module(module, make, matrix):
             for training in (True, False):
                 twin.train(training)
                 yield probe(twin), probe(make(twin, matrix))
-
-    return difference(pairs())
-
-
-def check_classify(model, attach, matrix):
-    """Compare GPT.classify before and after attach(model)."""
-    return check_method(model, model.h[-2:], attach, matrix, lambda m, ids, n: m.classify(ids, n))
-
-
-def check_hidden(model, attach, matrix):
-    """Compare GPT.hidden of a model with classes before and after attach(model)."""
-    split = first_lora(model)
-    blocks = model.h[max(0, split - 1) : split + 1]
-    return check_method(model, blocks, attach, matrix, lambda m, ids, n: m.hidden(ids))
-
-
-def check_method(model, blocks, attach, matrix, probe):
-    twin = small(model, blocks)
-    ids = torch.arange(15).view(3, 5) * 7 % (TOKENS - 1)
-    lengths = torch.tensor([5, 1, 3])
-
-    def pairs():
-        want = measure(lambda: probe(twin, ids, lengths), trainables(twin))
-        for block in twin.h:
-            block.forward = make_block(block, matrix) or block.forward
-        attach(twin)
-        yield want, measure(lambda: probe(twin, ids, lengths), trainables(twin))
-        with torch.no_grad():  # leaves out the pads
-            yield want[:1], measure(lambda: probe(twin, ids, lengths), [])
-
-    return difference(pairs())
-
-
-def check_vocabulary(model, make):
-    """Compare make(model) with GPT.next_logprobs, in float32."""
-    twin = small(model, []).float()
-    h, target = wave(2, 4, twin.cfg.n_embd).float(), torch.arange(8).view(2, 4)
-    scored = torch.tensor([[True, True, False, True], [False, True, True, False]])
-
-    def probe(fn):
-        x = h.clone().requires_grad_()
-        return measure(lambda: fn(x, target, scored), [x])
-
-    def pairs():
-        with patched(checkpoint, 'checkpoint', lambda fn, *args, **_: fn(*args)):
-            want = probe(twin.next_logprobs)  # the real one would import sympy, 75 MB
-        yield want, probe(make(twin))
-
-    return difference(pairs(), 1e-4)
-
-
-def check_rows(model, attach):
-    """Do the logits depend on those rows of wte alone that a text has, so that these may train in
-    place of all?"""
-    twin, probe = small(model, model.h[-1:]), torch.tensor([[3, 5, 3, 9], [9, 20, 63, 63]])
-    lengths, ids = torch.tensor([4, 2]), torch.tensor([3, 5, 9, 20, 63])
-
-    def pairs():
-        logits, grad = measure(lambda: twin.classify(probe, lengths), [twin.wte.weight])
-        others = grad.clone()
-        others[ids] = 0
-        rows = attach(twin.wte, ids).rows
-        twin.train()
-        yield [logits, grad[ids]], measure(lambda: twin.classify(probe, lengths), [rows])
-        yield [torch.zeros_like(others)], [others]
 
     return difference(pairs())
 
@@ -177,26 +108,6 @@ def double(module):
     return twin
 
 
-def small(model, blocks):
-    """A GPT with copies of these blocks alone and TOKENS tokens, in evaluation mode."""
-    twin = copy.copy(model)
-    twin.cfg = replace(model.cfg, vocab_size=TOKENS)
-    wte = Embedding(TOKENS, model.cfg.n_embd)
-    wte.weight = copied(model.wte.weight[:TOKENS], model.wte.weight.requires_grad)
-    rest = {n: double(m) for n, m in model._modules.items() if n not in ('wte', 'h')}
-    twin._modules = {'wte': wte, 'h': nn.ModuleList(map(double, blocks)), **rest}
-    parameters = model._parameters.items()
-    twin._parameters = {n: p if p is None else copied(p, p.requires_grad) for n, p in parameters}
-    for name in ('classify', 'hidden', 'next_logprobs', 'forward'):
-        vars(twin).pop(name, None)
-    stir(twin)
-    return twin.eval()
-
-
-def copied(p, trains):
-    return nn.Parameter(p.detach().cpu().double(), requires_grad=trains)
-
-
 def stir(module):
     """Fill weights that are constant, as LoRA's B: what follows zeros would not show, nor would a
     factor of 1 that an edit added."""
@@ -226,12 +137,6 @@ def classes_of(module):
     """Number of class slices of its LoRA, 1 without."""
     slices = [len(m.A) for m in module.modules() if isinstance(m, LoRA) and m.A.dim() == 3]
     return slices[0] if slices else 1
-
-
-def first_lora(model):
-    """Number of the first block that has a LoRA; 0 without."""
-    has = [any(isinstance(m, LoRA) for m in block.modules()) for block in model.h]
-    return has.index(True) if True in has else 0
 
 
 @contextlib.contextmanager

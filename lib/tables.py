@@ -150,7 +150,8 @@ def read_table(path, form=GUESSED, notes=None):
     refuse_other(path)
     notes = [] if notes is None else notes
     if kind_of(path) not in KINDS:
-        raise UserError(f'{path}: expected a file that ends in {", ".join(KINDS)}, or in .gz after')
+        known = 'a .csv, .tsv or .jsonl file, plain or compressed (.csv.gz)'
+        raise UserError(f'{path}: expected {known}')
     with open_as(path, form) as f:  # line ends inside quotes stay as they are
         table = list(rows_of(f, path, form, notes))
     if not table:

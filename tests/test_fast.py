@@ -1,5 +1,5 @@
-"""lib/fast.py, lib/selfcheck.py, lib/rows.py: a model that was sped up computes what it computed,
-and edits of model.py and lora.py take effect."""
+"""lib/fast.py, lib/shipped.py, lib/selfcheck.py, lib/rows.py: a model that was sped up computes
+what it computed, and edits of model.py and lora.py take effect."""
 
 import contextlib
 import copy
@@ -166,6 +166,67 @@ def test_an_edit_takes_effect():
                 with torch.no_grad(), autocast(CPU, dtype):
                     a.eval(), b.eval()
                     assert far(b(ids, n).float(), a(ids, n).float()) < limit, (name, dtype)
+
+
+def test_edits_that_few_numbers_would_not_show():
+    """Of long texts, of one block, of some steps, of one layer among many: a comparison on a few
+    random numbers cannot find them. They take effect in a model that was sped up."""
+    torch.manual_seed(0)
+    ids, n = torch.randint(0, 256, (2, 40)), torch.tensor([40, 33])
+    skips = []
+
+    def window(self, x):
+        B, T, C = x.shape
+        q, k, v = (
+            t.view(B, T, self.n_head, -1).transpose(1, 2) for t in self.c_attn(x).split(C, dim=2)
+        )
+        i = torch.arange(T)
+        near = (i[:, None] >= i) & (i[:, None] - i < 16)
+        y = F.scaled_dot_product_attention(q, k, v, near)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+    def drop(self, x, before=Block.forward):
+        skips.append(self.training and torch.rand(()) < 0.5)
+        return x if skips[-1] else before(self, x)
+
+    def one(self, x, before=MLP.forward):
+        return before(self, x) * (0.5 if next(self.c_fc.parameters())[0, 0] > 0 else 1)
+
+    def skip(self, ids, of=None):
+        x = self.embed(ids)
+        for i, block in enumerate(self.h):
+            x = block(x) if i else x
+        return self.ln_f(x)
+
+    for edit in (
+        (Attention, 'forward', window),
+        (Block, 'forward', drop),
+        (MLP, 'forward', one),
+        (GPT, 'hidden', skip),
+    ):
+        before = ready('lora', torch.float32, True, **METHODS['lora'])[0].eval()(ids, n)
+        with patched(*edit):
+            models = [ready('lora', torch.float32, f, **METHODS['lora'])[0] for f in (False, True)]
+            trained = []
+            for model in models:
+                torch.manual_seed(0)
+                trained.append(model.train()(ids, n))
+            assert far(trained[1], trained[0]) < 1e-5, edit
+            want, got = (model.eval()(ids, n) for model in models)
+        assert far(got, want) < 1e-5, edit
+        assert far(got, before) > 1e-4 or edit[2] is drop, edit
+    assert sum(skips) > 1, 'no block was skipped in training'
+
+
+def test_a_hook_that_is_registered_later_is_called():
+    ids, n = ragged(257)
+    model = ready('head', torch.float32, True)[0].eval()
+    want, seen = model(ids, n), []
+    hook = model.h[1].mlp.c_fc.register_forward_hook(lambda m, x, y: seen.append(y.shape))
+    got = model(ids, n)
+    assert seen == [(*ids.shape, 4 * model.cfg.n_embd)] and far(got, want) < 1e-5
+    hook.remove()
+    assert torch.equal(model(ids, n), want) and len(seen) == 1
 
 
 def test_an_edit_of_dropout_takes_effect():

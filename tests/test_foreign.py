@@ -122,6 +122,12 @@ def test_label_names_over_a_base_that_stays_where_it_is():
 LORA_OPTIONS = dict(
     plain=dict(r=4, target_modules=['c_attn'], fan_in_fan_out=True),
     alpha=dict(r=4, lora_alpha=23, target_modules=['c_attn', 'mlp.c_proj']),
+    alphas=dict(
+        r=4,
+        lora_alpha=8,
+        alpha_pattern={'h.1.mlp.c_fc': 40, 'c_attn': 3, 'c_fc': 5},
+        target_modules=['c_attn', 'mlp.c_fc', 'mlp.c_proj'],
+    ),
     rslora=dict(r=8, lora_alpha=4, use_rslora=True, target_modules=['attn.c_proj', 'c_fc']),
     head=dict(r=2, target_modules=['c_attn'], modules_to_save=['score']),
     half=dict(r=2, target_modules=['c_fc'], half=True),
@@ -326,7 +332,6 @@ def test_folders_that_are_no_classifier():
         (dict(use_dora=True), 'use_dora'),
         (dict(bias='all'), 'bias'),
         (dict(rank_pattern={'c_attn': 3}), 'rank_pattern'),
-        (dict(alpha_pattern={'c_attn': 3}), 'alpha_pattern'),
         (dict(init_lora_weights='pissa'), 'init_lora_weights'),
         (dict(lora_bias=True), 'lora_bias'),
         (dict(exclude_modules=['h.0.attn.c_attn']), 'exclude_modules'),

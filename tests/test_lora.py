@@ -125,6 +125,8 @@ def test_peft_files_refused():
         (dict(bias='all'), 'bias'),
         (dict(target_modules=['c_attn']), 'is unexpected'),
         (dict(r='many'), 'malformed'),
+        (dict(alpha_pattern={'c_attn': 'much'}), 'malformed'),
+        (dict(alpha_pattern={r'.*\.c_attn': 3}), 'malformed'),
     ):
         write_json(path, {**config, **change})
         raises(UserError, load_peft, folder, formula_model(), match=match)

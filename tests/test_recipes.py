@@ -127,7 +127,7 @@ def check(title):
     script, _, same_start, slower = RUNS[title]
     argv = flags_of(title)
     losses, results, text = run_copy(copy_of(recipes()[title]), script, argv)
-    left = re.search('note: (.*) as in model.py and lora.py', text)
+    left = re.search('note: no faster version of (.*?): ', text)
     assert (slower in left[1].split(', ')) if slower else not left, (title, left and left[1])
     if 'mine' in argv:
         assert results['n'] == 20 and '1' in results['per_class'], results

@@ -223,6 +223,10 @@ def test_interrupted_runs_of_earlier_versions_are_refused():
         assert tree(out) == before
 
 
+def test_a_file_of_a_run_is_no_run():
+    raises(UserError, open_run, os.path.join(tiny_run('head'), 'run.json'), match='name the run')
+
+
 def test_texts_are_a_list_of_strings():
     """Anything else is a TypeError that names the place and what to do."""
     for run in (open_run(tiny_run('full'), 'cpu', 'fp32'), opened('zero_shot')):

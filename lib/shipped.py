@@ -1,0 +1,81 @@
+"""Is the code of model.py and lora.py the one that what stands beside it knows: the faster parts
+(lib/fast.py), cached states (lib/frozen.py), transformers and PEFT? What was edited runs as
+written, without them.
+
+    python -m lib.shipped     takes the present code for the known one: for an edit that computes
+                              the same, or after which lib/blocks.py was edited as well
+
+shipped.json has a hash of each function."""
+
+import functools
+import hashlib
+import inspect
+import io
+import os
+import textwrap
+import tokenize
+
+from lib import files
+from lora import Adapter, LoRA
+from model import GPT, MLP, Attention, Block, Conv1D
+
+PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'shipped.json')
+HIDDEN = 'embed', 'hidden'  # methods of GPT up to the final states
+CLASSIFY = (*HIDDEN, 'padded', 'pool', 'classify')
+LOGPROB = (*HIDDEN, 'token_logprobs', 'next_logprobs', 'logprob')
+PARAMETERS = {Conv1D: {'weight', 'bias'}, LoRA: {'A', 'B'}}
+PARAMETERS.update(dict.fromkeys((Attention, MLP, Block), set()))
+SKIPPED = tokenize.COMMENT, tokenize.NL
+MARKS = {tokenize.NEWLINE: '\n', tokenize.INDENT: '{', tokenize.DEDENT: '}'}
+
+
+def edited(module, methods=None):
+    """Names of what is not the known code, as 'Block.forward': `forward` of all modules inside, and
+    parameters that an edit added to them; or with methods, a GPT's methods of these names."""
+    inside = [module] if methods else list(module.modules())
+    pairs = {(type(m), name) for m in inside for name in methods or ['forward']}
+    functions = {f'{owner.__qualname__}.{name}': getattr(owner, name) for owner, name in pairs}
+    found = {n for n, f in functions.items() if not of_torch(f) and code(f) != known().get(n)}
+    for m in inside:
+        if type(m) in PARAMETERS:
+            found |= {f'{type(m).__name__}.{n}' for n in m._parameters.keys() - PARAMETERS[type(m)]}
+    return sorted(found)
+
+
+def of_torch(function):
+    return (getattr(function, '__module__', None) or '').split('.')[0] == 'torch'
+
+
+@functools.lru_cache(None)
+def code(function):
+    """Hash of a function's tokens, without comments and docstrings; '' if its source is not at
+    hand, or is that of another function, which it wraps."""
+    if hasattr(function, '__wrapped__'):
+        return ''
+    words = ['']
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+        for kind, text, *_ in tokenize.generate_tokens(io.StringIO(source).readline):
+            docstring = kind in (tokenize.STRING, tokenize.NEWLINE) and words[-1] in ('\n', '{')
+            if kind not in SKIPPED and not docstring:
+                words.append(MARKS.get(kind, text))
+    except (OSError, TypeError, SyntaxError, tokenize.TokenError):  # a part of a statement
+        return ''
+    return hashlib.sha256(''.join(words).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(None)
+def known():
+    return files.read_json(PATH)
+
+
+def present():
+    """{name: hash} of the code as it is."""
+    owners = {owner: ['forward'] for owner in (Conv1D, Attention, MLP, Block, LoRA, Adapter)}
+    owners[GPT] = sorted({*CLASSIFY, *LOGPROB})
+    pairs = [(owner, name) for owner, names in owners.items() for name in names]
+    return {f'{owner.__name__}.{name}': code(getattr(owner, name)) for owner, name in pairs}
+
+
+if __name__ == '__main__':
+    files.write_json(PATH, present())

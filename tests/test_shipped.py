@@ -1,0 +1,137 @@
+"""lib/shipped.py: which code is that of GPT-2 and LoRA, and what an edit keeps from running."""
+
+import functools
+import os
+
+import torch
+
+import lora
+import predict
+from lib import export, frozen, runfolder, shipped
+from lib.files import UserError
+from lib.metrics import metrics, softmax
+from lib.rundata import own_data
+from lib.runs import open_run
+from lib.tokens import tokenize, tokenizer
+from model import GPT, Block, Embedding
+from tests.helpers import (
+    CPU,
+    SMALL,
+    TINY,
+    assert_same,
+    formula_model,
+    fresh_cache,
+    hugging_face,
+    patched,
+    raises,
+    script,
+    tiny_run,
+    tmp,
+    train,
+)
+
+
+def test_the_code_is_the_known_one():
+    assert shipped.present() == shipped.known(), 'python -m lib.shipped'
+
+
+def test_what_counts_as_an_edit():
+    def other(self, x):
+        return x + self.attn(self.ln_1(x))
+
+    first = other
+
+    def other(self, x):
+        """With a docstring."""
+        return x + self.attn(self.ln_1(x))  # and a comment
+
+    @functools.wraps(Block.forward)
+    def wrapper(self, x):
+        return other(self, x)
+
+    assert shipped.code(first) == shipped.code(other) != shipped.code(Block.forward)
+    assert not shipped.code(wrapper) and not shipped.code(len)
+    small = GPT(SMALL, 2)
+    assert not shipped.edited(small.h) and not shipped.edited(small, shipped.CLASSIFY)
+    for function in (other, wrapper, lambda self, x: x):
+        with patched(Block, 'forward', function):
+            assert shipped.edited(small.h) == ['Block.forward']
+            assert not shipped.edited(small.h[0].attn)
+    with patched(GPT, 'pool', lambda self, x, lengths: x[:, 0]):
+        assert shipped.edited(small, shipped.CLASSIFY) == ['GPT.pool']
+    small.h[0].mlp = torch.nn.Sequential(torch.nn.Linear(4, 4), Own())
+    small.h[1].gate = torch.nn.Parameter(torch.ones(1))
+    assert shipped.edited(small.h) == ['Block.gate', 'Own.forward']
+    assert not shipped.edited(Embedding(3, 4))
+
+
+class Own(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+
+def test_an_edit_without_parameters_is_not_exported():
+    """transformers would compute plain GPT-2 from the files: other labels, without a word."""
+    for name, methods in dict(classify=['--lora', '--full'], hidden=['--last 1']).items():
+        before = getattr(GPT, name)
+
+        def edited(self, *args, before=before):
+            return before(self, *args) * 0.5
+
+        for flags in methods:
+            with patched(GPT, name, edited):
+                out, text = train(*TINY, *flags.split(), '--dtype', 'fp32')
+                match = f'GPT.{name} was edited, and transformers computes GPT-2'
+                raises(UserError, export.export, out, os.path.join(tmp(), 'x'), match=match)
+            assert f'GPT.{name} as edited: transformers and PEFT compute GPT-2 without it' in text
+    assert not runfolder.notes(formula_model(), 'full')
+    code, text, _ = script(predict.main, [tiny_run('full'), '--export', os.path.join(tmp(), 'y')])
+    assert not code and 'wrote' in text
+
+
+def test_states_of_edited_blocks_are_not_cached():
+    """A frozen block that skips itself now and then has no states to cache."""
+    small = formula_model()
+    lora.adapt(small, 'head')
+    small.eval()
+    tokens = tokenize(tokenizer('bytes'), ['abc', 'de'], cache=False)
+    splits, where = dict(train=tokens), (16, 'first', CPU, torch.float32)
+    with fresh_cache():
+        assert frozen.cache(small, splits, *where)
+        with patched(Block, 'forward', lambda self, x: x if torch.rand(()) < 0.5 else x + 1):
+            assert not frozen.cache(small, splits, *where)
+
+
+def test_a_scale_of_lora_per_layer_is_saved():
+    """As README.md says of the scale in `add_lora`; and one that trains."""
+
+    class PerLayer(lora.LoRA):
+        def __init__(self, base, r, scale, *rest):
+            super().__init__(base, r, scale * base.weight.shape[0] / 32, *rest)
+
+    class Trained(lora.LoRA):
+        def __init__(self, base, r, scale, *rest):
+            super().__init__(base, r, scale, *rest)
+            self.scale = torch.nn.Parameter(torch.tensor(float(scale)))
+
+    for kind in (PerLayer, Trained):
+        with patched(lora, 'LoRA', kind):
+            out, _ = train(*TINY, *'--lora --dtype fp32 --lr 1e-2 --epochs 3'.split())
+            run = open_run(out, 'cpu', 'fp32')
+        val = own_data(run.info).val
+        nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+        assert abs(nll - run.info['results']['val_loss']) < 1e-5, kind
+    scales = [float(m.scale) for m in run.model.modules() if isinstance(m, lora.LoRA)]
+    assert len({round(scale, 5) for scale in scales}) > 4, 'the scales have not trained'
+
+
+def test_a_scale_of_lora_per_layer_opens_in_peft():
+    AutoPeft = hugging_face('AutoPeftModelForSequenceClassification')
+
+    class PerLayer(lora.LoRA):
+        def __init__(self, base, r, scale, *rest):
+            super().__init__(base, r, scale * base.weight.shape[0] / 32, *rest)
+
+    with patched(lora, 'LoRA', PerLayer):
+        out, _ = train(*TINY, *'--lora --dtype fp32 --lr 1e-2 --epochs 3'.split())
+        assert_same(open_run(out, 'cpu', 'fp32'), AutoPeft.from_pretrained(out).eval(), 'PerLayer')
