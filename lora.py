@@ -214,8 +214,8 @@ def plain_name(name):
 
 
 def trained_state(model):
-    """{plain name: tensor} of the weights that are exact in the model, but those of LoRA, adapters
-    and prompt: all but those that device.place rounded, which never train. {**read,
+    """{plain name: tensor} of the weights that the model holds in float32, but those of LoRA,
+    adapters and prompt: all but those that device.place rounded, which never train. {**read,
     **trained_state(model)} is what is saved."""
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, (LoRA, Adapter))]
     added = {f'{name}.{n}' for name, m in wrappers for n, _ in m.named_parameters()}

@@ -111,8 +111,8 @@ def main(argv=None):
 
     # --- what trains ---
     original = model.state_dict()  # float32: frozen weights are saved as they were read
-    options = args.last, args.r, args.alpha, args.dropout, args.targets
-    wrapped = lora.adapt(model, args.method, *options, args.bottleneck, args.prompt, args.top)
+    options = ('last', 'r', 'alpha', 'dropout', 'targets', 'bottleneck', 'prompt', 'top')
+    wrapped = lora.adapt(model, args.method, **{name: getattr(args, name) for name in options})
     start_from(model, args, ds)
     info = runfolder.begin(args, ds, model, original, resumed)
     facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method, args.pool)
@@ -139,8 +139,8 @@ def main(argv=None):
 
     def batch_of(index):
         """Rows index (B,) of the training split -> arguments of loss_of."""
-        width = GRAPH_WIDTH if graphs else 1
-        ids, n = data.collate(train, index, *where[:2], model.end, dev, multiple=width)
+        multiple, cut = GRAPH_WIDTH if graphs else 1, (args.max_length, args.keep)
+        ids, n = data.collate(train, index, *cut, model.end, dev, multiple=multiple)
         batch = ids, n, data.to_device(torch.from_numpy(y[index]), dev)
         return (*batch, feed.states['train'](index, ids.shape[1])) if feed else batch
 
@@ -165,7 +165,7 @@ def main(argv=None):
         m = metrics(probs, ds.val.y, ds.labels)
         results = dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
         log.write(step=step, **results)
-        score = *selection(m, args.select), -step
+        score = *selection(m, args.select), -step  # of equal ones the earliest
         if best is None or score > best:
             best = score
             runfolder.save(args.out, model, info, original, dict(step=step, **results))
