@@ -71,11 +71,11 @@ def install(module, make, matrix, checked, plain):
     kind = [(name, type(m)) for name, m in module.named_modules()]
     kind = repr((kind, [(n, p.shape, p.requires_grad) for n, p in module.named_parameters()]))
     if kind not in checked:
-        names, formula = shipped.edited(module), matrix and matrix.formula
-        differs = '' if names else selfcheck.check_module(module, make, formula)
-        checked[kind] = (
-            as_written(names) if names else differs and f'it is not the same ({differs})'
-        )
+        if names := shipped.edited(module):
+            checked[kind] = as_written(names)
+        else:
+            differs = selfcheck.check_module(module, make, matrix and matrix.formula)
+            checked[kind] = differs and f'it computes something else here ({differs})'
     if checked[kind]:
         plain[type(module).__name__] = checked[kind]
         return False

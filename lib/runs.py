@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import data
 import lora
-from lib import cli, fast, int8, scoring, selfcheck, windows
+from lib import cli, fast, int8, scoring, selfcheck, shipped, windows
 from lib.base import STAYS, base_of, data_dir_of
 from lib.classes import class_folder
 from lib.device import autocast, pick_device, place
@@ -99,8 +99,9 @@ def prepare(model, how):
     if how.dtype == torch.int8:
         return place(model.requires_grad_(False), how.device, torch.float32).eval()
     folds = not how.plain and fast.folds(how.device, how.dtype)  # speed_up merges as it packs
-    if not model.classes and not folds and not selfcheck.check_merge(model):
-        lora.merge(model)
+    if not model.classes and not folds and not shipped.edited(model.h):
+        if not selfcheck.check_merge(model):
+            lora.merge(model)
     place(model.requires_grad_(False), how.device, how.dtype)
     if not how.plain:
         fast.speed_up(model, how.device, how.dtype)

@@ -55,7 +55,7 @@ def check_merge(model):
             for name in 'AB':  # of one class; not as trained, since an update can be tiny
                 t = wave(*getattr(m, name).shape[-2:])
                 setattr(twin, name, nn.Parameter(t, requires_grad=False))
-            x = wave(2, 3, twin.A.shape[1])
+            x = wave(2, 64, twin.A.shape[1])
             box = nn.ModuleDict(dict(layer=twin))
             want = twin(x)
             lora.merge(box)

@@ -102,6 +102,22 @@ def test_states_of_edited_blocks_are_not_cached():
             assert not frozen.cache(small, splits, *where)
 
 
+def test_an_edited_lora_is_not_merged():
+    """This one is W + B A in a comparison on a few tokens."""
+
+    def late(self, x, before=lora.LoRA.forward):
+        early = torch.arange(x.shape[-2]) < 100
+        return torch.where(early[:, None], before(self, x), self.base(x))
+
+    def layers():
+        run = open_run(tiny_run('lora'), 'cpu', 'fp32', plain=True)
+        return sum(isinstance(m, lora.LoRA) for m in run.model.modules())
+
+    assert not layers()
+    with patched(lora.LoRA, 'forward', late):
+        assert layers()
+
+
 def test_a_scale_of_lora_per_layer_is_saved():
     """As README.md says of the scale in `add_lora`; and one that trains."""
 
