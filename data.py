@@ -69,7 +69,7 @@ def read(name, data_dir, val, test, form, notes):
     return rows, labels, form
 
 
-def label_order(name, rows, labels):
+def label_order(name, rows, labels, fewest=2):
     """-> the class names in order: `labels`, or those of train, sorted (numbers as numbers).
     Raises UserError if train lacks a class, or another split has a label that train lacks."""
     train = {label for _, label in rows['train']}
@@ -78,8 +78,8 @@ def label_order(name, rows, labels):
     if len(labels) > tables.MAX_CLASSES:
         why = f'there are {len(labels):,} different labels, {tables.MAX_CLASSES:,} is the most'
         raise UserError(f'{name}: {why}; name the column of the labels with --label_col')
-    if len(train) < max(2, len(labels)):
-        needed = 'at least two classes' if len(labels) < 2 else ', '.join(labels)
+    if len(train) < max(fewest, len(labels)):
+        needed = 'at least two classes' if len(labels) < fewest else ', '.join(labels)
         why = f'the training rows have no label but {", ".join(sorted(train))}'
         raise UserError(f'{name}: {why}; {needed} are needed')
     for split in ('val', 'test'):
@@ -92,15 +92,16 @@ def label_order(name, rows, labels):
 
 def load(
     name, seed=1337, data_dir=None, val=None, test=None,
-    form=GUESSED, max_samples=None, balance=False,
+    form=GUESSED, max_samples=None, balance=False, fewest=2,
 ):  # fmt: skip
     """Read a data set and split it -> Dataset.  val, test: files that replace these splits.
     form: how the user's files are read.  balance: drop training rows until all classes are as small
     as the smallest, before anything is held out.  A split that does not exist is held out from
-    train, stratified, by seed (--split_seed).  max_samples: training rows kept per class."""
+    train, stratified, by seed (--split_seed).  max_samples: training rows kept per class.
+    fewest: classes that train must have."""
     notes = []
     rows, labels, form = read(name, data_dir, val, test, form, notes)
-    labels = label_order(name, rows, labels)
+    labels = label_order(name, rows, labels, fewest)
     notes += [] if name in READERS else oddities.notes(rows, labels)
     # RandomState: its streams are the same in all versions of numpy
     train, rng = rows['train'], np.random.RandomState(seed % 2**32)

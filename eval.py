@@ -117,7 +117,7 @@ def load(args, infos):
         kw.update(balance=first['balance'] and same, seed=first['split_seed'])
         ds = data.load(args.data, val=args.val, test=args.test, **kw)
     elif args.test:  # three times: no rows are split off
-        ds = data.load(args.test, val=args.test, test=args.test, **kw)
+        ds = data.load(args.test, val=args.test, test=args.test, fewest=1, **kw)
     else:
         ds = rundata.own_data(infos[0], args.data_dir)
         hint = 'score its rows as other data (--test FILE)'

@@ -82,25 +82,17 @@ def layers(model, top=None, blocks=None):
 
 
 def add_lora(
-    model,
-    r,
-    alpha,
-    dropout,
-    targets,
-    rslora=False,
-    classes=0,
-    top=None,
-    blocks=None,
-    allow_missing=False,
+    model, r, alpha, dropout, targets, classes=0, top=None, blocks=None, allow_missing=False
 ):
     """Wrap every layer whose name is, or ends with, one of `targets`, as PEFT matches names.
 
-    Scale alpha / r, or alpha / sqrt(r) with rslora (Kalajdzievski 2023, arXiv 2312.03732).
-    classes: K updates per layer, 0 = one.  top: in the last so many blocks alone.  blocks: in the
-    blocks of these numbers alone.  -> names wrapped.  Raises UserError for a target that matches no
-    layer; allow_missing: only if none matches."""
+    The scale is alpha / r.  classes: K updates per layer, 0 = one.  top: in the last so many blocks
+    alone.  blocks: in the blocks of these numbers alone.  -> names wrapped.  Raises UserError for a
+    target that matches no layer; allow_missing: only if none matches."""
     if (top or 0) > model.cfg.n_layer:
         raise UserError(f'--top {top}: this model has {counted(model.cfg.n_layer, "block")}')
+    if not targets:
+        raise UserError('--targets: name at least one layer')
     available = layers(model, top, blocks)
     hits = {
         t: [n for n in available if n == t.replace('transformer.', '', 1) or n.endswith('.' + t)]
@@ -112,7 +104,7 @@ def add_lora(
             raise UserError(f'--targets: {target!r} matches no layer of this model; it has {known}')
     chosen = {n for names in hits.values() for n in names}
     wrapped = [n for n in available if n in chosen]  # in the model's order
-    scale = alpha / (math.sqrt(r) if rslora else r)
+    scale = alpha / r
     for name in wrapped:
         replace(model, name, LoRA(available[name], r, scale, dropout, classes))
     model.classes = classes
@@ -195,8 +187,10 @@ def describe(model, wrapped):
     rows = Counter()
     for name in wrapped:
         m = model.get_submodule(name)
-        lora = isinstance(m, LoRA) and f'LoRA {tuple(m.A.shape)} x {tuple(m.B.shape)}'
-        what = lora or f'adapter of {m.down.out_features} units'
+        if isinstance(m, LoRA):
+            what = f'LoRA {tuple(m.A.shape)} x {tuple(m.B.shape)}'
+        else:
+            what = f'adapter of {m.down.out_features} units'
         rows[f'h.*.{name.split(".", 2)[2]:<12} {what}'] += 1
     train, total = count(model)
     share = 100 * train / total
@@ -214,9 +208,9 @@ def plain_name(name):
 
 
 def trained_state(model):
-    """{plain name: tensor} of the weights that the model holds in float32, but those of LoRA,
-    adapters and prompt: all but those that device.place rounded, which never train. {**read,
-    **trained_state(model)} is what is saved."""
+    """{plain name: tensor} of what is saved over the weights as they were read: all that the model
+    holds in float32, but those of LoRA, adapters and prompt. A weight that device.place rounded is
+    frozen, so it is still as it was read."""
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, (LoRA, Adapter))]
     added = {f'{name}.{n}' for name, m in wrappers for n, _ in m.named_parameters()}
     added = {n for n in added if not WRAPPER.search(n)} | {'prompt'}

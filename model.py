@@ -258,16 +258,16 @@ class GPT(nn.Module):
         missing, unexpected or of the wrong shape; never loads partially."""
         folder = checkpoints.model_folder(where, data_dir)
         tensors = checkpoints.folder_tensors(folder)
-        if new_head or not num_labels:
-            tensors.pop('score.weight', None)
+        if new_head or not num_labels:  # an edit's head may have other names than score.weight
+            tensors = {n: t for n, t in tensors.items() if not n.startswith('score.')}
         cfg = Config(**checkpoints.read_config(folder, tensors, where, SHAPES))
         with torch.device('meta'):
             model = cls(cfg, num_labels)
         named = dict([*model.named_parameters(), *model.named_buffers()])
         if new_head and 'score.weight' in named:  # not in a head of an edit
             tensors['score.weight'] = torch.empty(num_labels, cfg.n_embd).normal_(0.0, 0.02)
-        added = {n for n in named if n not in tensors and not checkpoints.NAMES.fullmatch(n)}
-        added -= set() if new_head else dict(model.named_parameters()).keys()
+        may_lack = named if new_head else dict(model.named_buffers())  # of what an edit added
+        added = {n for n in may_lack if n not in tensors and not checkpoints.NAMES.fullmatch(n)}
         shapes = {n: t.shape for n, t in named.items() if n not in added}
         check_tensors(tensors, shapes, f'{folder} does not hold a GPT-2 of {cfg}')
         tensors = {n: t.float() for n, t in tensors.items()}

@@ -105,21 +105,21 @@ def main(argv=None):
     args, given, resumed = parse(argv)
     if args.seeds > 1 or args.folds and args.fold is None:
         return several_runs(main, args, given, argv)
-    check_graphs(args, device.pick_device(args.device, args.dtype)[0])
     ds, model, train, val = load(args, given, resumed)
-    dev, dtype, reason = device.pick_device(args.device, args.dtype)  # the demo has a --dtype
+    dev, dtype, reason = device.pick_device(args.device, args.dtype)
+    check_graphs(args, dev)
 
     # --- what trains ---
     original = model.state_dict()  # float32: frozen weights are saved as they were read
-    options = ('last', 'r', 'alpha', 'dropout', 'targets', 'bottleneck', 'prompt', 'top')
-    wrapped = lora.adapt(model, args.method, **{name: getattr(args, name) for name in options})
+    options = dict(r=args.r, alpha=args.alpha, dropout=args.dropout, targets=args.targets)
+    options.update(top=args.top, last=args.last, bottleneck=args.bottleneck, prompt=args.prompt)
+    wrapped = lora.adapt(model, args.method, **options)
     start_from(model, args, ds)
     info = runfolder.begin(args, ds, model, original, resumed)
     facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method, args.pool)
     device.place(model, dev, dtype)
     if not args.plain:  # the same numbers, sooner: you may delete these lines
-        token_ids = np.append(train.flat, model.end) if args.full else None
-        fast.speed_up(model, dev, dtype, token_ids, pack=not args.compile)
+        fast.speed_up(model, dev, dtype, np.append(train.flat, model.end), pack=not args.compile)
     training.wrap_blocks(model, args)
     params, net = lora.trainables(model), ranks.wrap(model.train())
     opt = training.make_optimizer(model, args.lr, args.weight_decay)
@@ -130,19 +130,19 @@ def main(argv=None):
     lengths = np.minimum(train.lengths, args.max_length)  # (N,) tokens that are read
     plan = training.Plan(args, lengths, data.batches, args.max_steps, args.epochs, args.lr)
     where = args.max_length, args.keep, dev, dtype
-    y, counts, balanced = ds.train.y, np.bincount(ds.train.y), args.class_weights == 'balanced'
-    class_weights = len(y) / (len(counts) * counts) if balanced else None  # (K,)
-    weights = torch.tensor(class_weights).float().to(dev) if balanced else None
+    counts, balanced = np.bincount(ds.train.y), args.class_weights == 'balanced'
+    weights = len(ds.train.y) / (len(counts) * counts) if balanced else np.ones(len(counts))  # (K,)
+    class_weights = torch.tensor(weights).float().to(dev)
     print('\n'.join(summary.describe(args, ds, train, model.cfg, (dev, dtype, reason)) + facts))
     changed = given - {'lr', 'data', 'model', 'max_steps', 'epochs', *flags.METHODS['cls']}
     print(f'{plan}{plan.hint(given)}, lr {args.lr:g}{summary.flags(args, changed)}', flush=True)
 
     def batch_of(index):
         """Rows index (B,) of the training split -> arguments of loss_of."""
-        multiple, cut = GRAPH_WIDTH if graphs else 1, (args.max_length, args.keep)
-        ids, n = data.collate(train, index, *cut, model.end, dev, multiple=multiple)
-        batch = ids, n, data.to_device(torch.from_numpy(y[index]), dev)
-        return (*batch, feed.states['train'](index, ids.shape[1])) if feed else batch
+        width = GRAPH_WIDTH if graphs else 1  # T is a multiple of it
+        ids, n = data.collate(train, index, args.max_length, args.keep, model.end, dev, width)
+        batch = ids, n, data.to_device(torch.from_numpy(ds.train.y[index]), dev)
+        return (*batch, feed.states['train'](index, ids)) if feed else batch
 
     def loss_of(ids, n, y, *states):
         """Sum of a batch's losses, weighted by class. ids (B, T), n (B,) tokens, y (B,) classes,
@@ -150,11 +150,11 @@ def main(argv=None):
         with device.autocast(dev, dtype):
             logits = net(ids, n, *states)  # (B, K)
         log.hits.add_((logits.argmax(1) == y).sum())  # for the log; stays on the device
-        return F.cross_entropy(logits.float(), y, weight=weights, reduction='sum')
+        return F.cross_entropy(logits.float(), y, weight=class_weights, reduction='sum')
 
     def weight_of(rows):
-        """What the summed loss of a step is divided by: its rows, or their class weights."""
-        return float(class_weights[y[rows]].sum()) if balanced else len(rows)
+        """What the summed loss of a step is divided by: its rows, by class weight."""
+        return float(weights[ds.train.y[rows]].sum())
 
     def evaluate(step, best):
         """Evaluate on the validation rows; save the weights if they are the best. -> best score"""
@@ -178,8 +178,8 @@ def main(argv=None):
     graphs = Graphs(loss_of, params.values(), scaler, [log.hits]) if args.cuda_graphs else None
     if not resumed:
         save_resume(args.out, args, 0, None, *state)  # from here on the run can be resumed
-    several = plan.max_steps > plan.epoch_steps and ranks.world_size() == 1 and not args.plain
-    feed = several and frozen.cache(model, dict(train=train, val=val), *where)
+    cacheable = plan.max_steps > plan.epoch_steps and ranks.world_size() == 1 and not args.plain
+    feed = frozen.cache(model, dict(train=train, val=val), *where) if cacheable else None
     net = feed.net if feed else net
 
     # --- loop ---

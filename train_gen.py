@@ -238,7 +238,7 @@ class Phase:
 
 
 def train_phase(run, kind, label, number, saved):
-    """Train one model; saved: its state, if it was interrupted. -> exit code"""
+    """Train one model; saved: its state, if it was interrupted. -> exit code if interrupted"""
     args, dev, phase = run.args, run.dev, Phase(run, kind, label, number)
     model, plan, lengths = phase.model, phase.plan, phase.lengths
     params, phase.net = lora.trainables(model), ranks.wrap(model.train())
@@ -296,7 +296,7 @@ def train_phase(run, kind, label, number, saved):
     if ranks.any_rank(interrupt.requested):
         save_resume(phase.work, args, done, best, *state, due=interrupt.evaluating)
         return interrupted('train_gen.py', args.out, done, plan.max_steps)
-    return genrun.finish_phase(run, phase, best)
+    genrun.finish_phase(run, phase, best)
 
 
 def finish(run):
@@ -332,10 +332,10 @@ def main(argv=None):
     args, given, saved = parse(argv)
     if args.seeds > 1:
         return several_runs(main, args, given, argv)
-    check_graphs(args, device.pick_device(args.device, args.dtype)[0])
     genrun.recover(args.out)
     run = load(args, given, saved)
-    dev, dtype, reason = device.pick_device(args.device, args.dtype)  # the demo has a --dtype
+    dev, dtype, reason = device.pick_device(args.device, args.dtype)
+    check_graphs(args, dev)
     run.given, run.dev, run.dtype = given, dev, dtype
     genrun.begin(run, saved)
     notes, place = genrun.notes(run), (dev, dtype, reason)

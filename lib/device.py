@@ -35,9 +35,7 @@ def cpu_is_intels(path='/proc/cpuinfo'):
     """Did Intel make this CPU? MKL is fast on those alone."""
     if text := cpuinfo(path):
         return 'GenuineIntel' in text
-    return (
-        'AMD' not in platform.processor()
-    )  # Windows names the maker; macOS has Intel's, or no MKL
+    return 'AMD' not in platform.processor()  # Windows says AMD; macOS has Intel's, or no MKL
 
 
 def pick_device(device='auto', dtype='auto'):

@@ -239,9 +239,11 @@ def resumed(args, given, saved):
     if strange := strange_flags(args, saved):
         text = f'is damaged: its flag --{strange[0]} is malformed'
         raise UserError(f'{args.out} {text}; start the run again')
+    saved_as = {**saved, 'lora': saved['method'] == 'lora'}  # typed or not
+    saved_as['targets'] = ','.join(saved['targets'] or ())
     for name in sorted(given - {'resume', 'out'}):
-        if getattr(args, name) != saved[name]:
-            text = f"differs from the interrupted run's {saved[name]}"
+        if getattr(args, name) != saved_as[name]:
+            text = f"differs from the interrupted run's {saved_as[name]}"
             raise UserError(f'--{name} {getattr(args, name)} {text}; a resumed run keeps its flags')
     return argparse.Namespace(**{**saved, 'out': args.out})
 

@@ -140,7 +140,9 @@ def part(model, blocks):
 
 
 class FrozenStates:
-    """states(index (B,), width) -> (B, T, C) float32, T >= width, padded with zeros; or (B, C).
+    """states(index (B,), ids (B, T)) -> (B, T, C) float32, padded with zeros; or (B, C). Without
+    ids T is the number of tokens of the longest text. The ids are those that the states are of: an
+    edit of the script that changes them is told so at the first call.
 
     They are in a file of the cache, in the compute precision ((B, C) in float32),
     memory-mapped; a GPU with room for them holds a copy. The file is named after all that they
@@ -149,6 +151,7 @@ class FrozenStates:
     def __init__(self, net, model, tokens, max_length, keep, device, dtype, fresh):
         lengths = np.minimum(tokens.lengths, max_length)
         self.pooled, self.device = net.pooled, device
+        self.tokens, self.cut, self.compared = tokens, (max_length, keep, model.end), False
         read = np.full_like(lengths, model.pad_to) if model.pooling == 'pad' else lengths
         self.rows = np.ones_like(lengths) if net.pooled else read
         order = np.argsort(-lengths, kind='stable')  # that of in_batches
@@ -185,8 +188,11 @@ class FrozenStates:
             self.flat = torch.zeros(n + 1, C, dtype=kind, device=device)  # the last row: pads
             self.flat[:n].copy_(mapped)
 
-    def __call__(self, index, width=0):
+    def __call__(self, index, ids=None):
         starts, rows = self.starts[index], self.rows[index]
+        width = 0 if ids is None else ids.shape[1]
+        if width and self.device.type == 'cpu' and not self.compared:  # a GPU would be waited for
+            self.compare(index, ids)
         if self.on_gpu:  # only positions are copied
             t = np.arange(max(width, rows.max()))
             place = np.where(t < rows[:, None], starts[:, None] + t, len(self.flat) - 1)  # (B, T)
@@ -197,6 +203,12 @@ class FrozenStates:
             return data.to_device(torch.cat(parts), self.device)
         x = nn.utils.rnn.pad_sequence(parts, batch_first=True).float()
         return data.to_device(F.pad(x, (0, 0, 0, max(0, width - x.shape[1]))), self.device)
+
+    def compare(self, index, ids):
+        want, self.compared = data.collate(self.tokens, index, *self.cut)[0], True
+        if not torch.equal(want, ids[:, : want.shape[1]]):
+            problem = 'frozen blocks are cached, but batch_of gives other token ids than the cache'
+            raise UserError(f'{problem} has: add --plain')
 
 
 def fits(device, size):

@@ -73,9 +73,8 @@ def begin(run, saved):
     run.folders = classes.folder_names(labels, old['folders'])
     run.phases = plan_phases(run, saved)
     with torch.device('meta'):  # checks --targets before the run has a folder
-        options = args.r, args.alpha, args.dropout, args.targets
         outline = GPT(run.cfg)
-        lora.adapt(outline, args.method, 0, *options, top=args.top)
+        lora.adapt(outline, args.method, **lora_options(args))
     if args.posterior_steps and args.method == 'lora' and (more := peft.extras(outline)):
         problem = f'each class trains its own {next(iter(more))}, added by an edit'
         raise UserError(f'{problem}, so --posterior_steps cannot hold all classes in one model')
@@ -102,6 +101,11 @@ def begin(run, saved):
     if 'base' not in old and not args.pretrain:  # there save_weights does, so that it has weights
         files.write_json(os.path.join(args.out, 'run.json'), info)
     run.info = info
+
+
+def lora_options(args):
+    """The flags of LoRA as arguments of lora.adapt."""
+    return {name: getattr(args, name) for name in ('r', 'alpha', 'dropout', 'targets', 'top')}
 
 
 def notes(run):
@@ -187,8 +191,7 @@ def build(run, kind):
         folders = [os.path.join(args.out, run.folders[label]) for label in labels]
         peft.load_peft(folders, model, classes=len(labels))
     else:
-        options = args.r, args.alpha, args.dropout, args.targets
-        wrapped = lora.adapt(model, args.method, 0, *options, top=args.top)
+        wrapped = lora.adapt(model, args.method, **lora_options(args))
         if args.prefix:  # the vectors start as the mean embeddings of the labels
             lora.add_prompt(model, 1, classes=len(labels))
             rows = [model.wte.weight.detach()[run.enc.encode_ordinary(label)] for label in labels]
@@ -236,8 +239,7 @@ def save_weights(run, phase, results):
 
 
 def finish_phase(run, phase, best):
-    """Move what a phase made from its folder to its place in the run. best: its best score.
-    -> exit code"""
+    """Move what a phase made from its folder to its place in the run. best: its best score."""
     if files.WRITES and phase.kind == 'pretrain':
         os.remove(os.path.join(phase.work, 'resume.pt'))
     elif files.WRITES:
@@ -248,7 +250,6 @@ def finish_phase(run, phase, best):
         files.release(phase.work)
     ranks.barrier()  # the other ranks find it in its place
     run.best = best
-    return 0
 
 
 def missing(run):

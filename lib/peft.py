@@ -227,7 +227,7 @@ def alpha_of(name, config):
 def lora_options(config, model):
     """What peft_config returned -> the arguments of lora.add_lora: a regular expression of
     target_modules becomes the names of layers that it matches."""
-    config = {key: value for key, value in config.items() if key != 'alphas'}
+    config = {key: value for key, value in config.items() if key not in ('alphas', 'rslora')}
     targets = config['targets']
     if isinstance(targets, str):
         available = list(lora.layers(model, blocks=config['blocks']))

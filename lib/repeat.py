@@ -78,7 +78,8 @@ def state_of(path, args, given):
     else:
         return None
     aside = OWN | (set() if 'max_length' in given else {'max_length'})
-    aside |= set() if given & {'data', 'model'} else {'data', 'model', 'lr'}  # it may be the demo
+    if not given & {'data', 'model'}:  # it may be the demo
+        aside |= {'data', 'model', 'lr', 'max_steps', 'dtype'} - given
     for name, value in vars(args).items():
         if name not in aside and saved.get(name, value) != value:
             why = f'{path} was trained with --{name} {saved[name]}, not {value}'

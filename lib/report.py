@@ -115,7 +115,7 @@ def verdicts(names, tests):
     lines = []
     for name, t in zip(names[1:], tests):
         if t is None:
-            lines.append(f'{name}: not tested, which takes two runs of either method')
+            lines.append(f'{name}: not tested, which takes at least two runs of each method')
             continue
         p = 'p < 0.0001' if t['p'] < 1e-4 else f'p = {t["p"]:.2g}'
         better = f'{name if t["difference"] > 0 else names[0]} is better'

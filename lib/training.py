@@ -163,27 +163,6 @@ def wrap_blocks(model, args):
             block.compile(dynamic=True)
 
 
-# --- what can stop a run ---
-
-
-def check_finite(losses, step, plan, texts):
-    """Mean of the losses (tensors of one value) of the last steps up to `step`, summed over the
-    ranks. Raises UserError if one is not finite, with texts of its step: a single one can be the
-    cause."""
-    values = ranks.all_reduce(torch.stack(losses).detach().cpu().double()).tolist()
-    for bad, value in enumerate(values, step - len(values) + 1):
-        if not math.isfinite(value):
-            rows = np.sort(plan.rows(bad))
-            shown = ', '.join(json.dumps(texts[i][:60], ensure_ascii=False) for i in rows[:3])
-            shown += f' and {len(rows) - 3} more' if len(rows) > 3 else ''
-            raise UserError(
-                f'the loss or its gradient is not finite ({value}) at step {bad}, whose texts are '
-                f'{shown}: try a smaller --lr than {plan.lr:g}, or --dtype fp32, or look at these '
-                f'texts; {plan.args.out} has the last checkpoint, and --resume continues from it'
-            )
-    return sum(values) / len(values)
-
-
 # --- the log ---
 
 
@@ -251,8 +230,23 @@ class Log:
         return True
 
     def check(self, step):
-        """Mean loss since the last line. Raises UserError if a loss is not finite."""
-        return check_finite(self.losses, step, self.plan, self.texts) if self.losses else None
+        """Mean loss since the last line, summed over the ranks. Raises UserError if one is not
+        finite, with texts of its step: a single one can be the cause."""
+        if not self.losses:
+            return None
+        values = ranks.all_reduce(torch.stack(self.losses).detach().cpu().double()).tolist()
+        for bad, value in enumerate(values, step - len(values) + 1):
+            if not math.isfinite(value):
+                rows = np.sort(self.plan.rows(bad))
+                shown = [json.dumps(self.texts[i][:60], ensure_ascii=False) for i in rows[:3]]
+                shown += [f'{len(rows) - 3} more'] if len(rows) > 3 else []
+                raise UserError(
+                    f'the loss or its gradient is not finite ({value}) at step {bad}, whose texts '
+                    f'are {", ".join(shown)}: try a smaller --lr than {self.plan.lr:g}, or --dtype '
+                    f'fp32, or look at these texts; {self.plan.args.out} has the last checkpoint, '
+                    'and --resume continues from it'
+                )
+        return sum(values) / len(values)
 
     def write(self, seconds_per_step=0.0, **record):
         """Write and show one line."""

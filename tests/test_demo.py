@@ -100,6 +100,10 @@ def test_fallback_to_the_demo():
         assert info['model'] == 'nano' and info['args']['dtype'] == 'fp32'
         raises(Unavailable, train, '--data', 'sst2', match='no network')
         raises(Unavailable, train, '--data', 'demo', '--model', 'gpt2', match='no network')
+        flags = ['--quick', '--seeds', '2', '--out', os.path.join(tmp(), 'run')]
+        assert not script(train_cls.main, flags)[0]
+        text = script(train_cls.main, flags)[1]
+        assert text.count('trained before') == 2, text
 
 
 def test_demo_bag_of_words():

@@ -164,6 +164,18 @@ def test_a_head_of_two_layers_is_saved():
         raises(UserError, train_cls.main, flags, match='no row per label')
 
 
+def test_a_head_of_an_edit_is_not_taken_along():
+    """--model RUN starts with a fresh head, of whatever kind the run's was."""
+    rows = write('three.csv', table(90, ('news', 'ham', 'spam')))
+    with edited('score'):
+        out, _ = train(*argv('--full'))
+        model = GPT.from_pretrained(out, 3, new_head=True)
+        assert len(model.score[2].weight) == 3
+        train('--data', rows, '--model', out, '--full', '--max_steps', '1', '--dtype', 'fp32')
+    kept = GPT.from_pretrained(out).wte.weight
+    assert torch.equal(kept, model.wte.weight)
+
+
 def test_what_an_edit_does_not_freeze_is_saved():
     """An edit of adapt() leaves the last LayerNorm trainable."""
     found, adapt = {}, lora.adapt

@@ -37,6 +37,13 @@ from tests.helpers import (
 )
 
 
+def test_rows_of_one_class_alone():
+    """--test FILE scores all its rows, also if they are of one class."""
+    rows = write('one.csv', 'text,label\n' + 'a warm song,positive\n' + 'a dull tale,positive\n')
+    text, _ = run_eval([tiny_run('head'), '--test', rows])
+    assert 'n 2' in text and 'accuracy' in text
+
+
 def random_case(n=500, k=5, seed=0):
     """(probs, y) with class 1 without rows and class 3 never predicted."""
     rng = np.random.default_rng(seed)

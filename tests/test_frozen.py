@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import lora
@@ -64,7 +65,7 @@ def test_frozen_states_are_what_the_blocks_give():
                     assert far(torch.from_numpy(got), want) < limit, (method, dtype)
                     index, grads = np.array([31, 2, 2, 17]), []
                     ids, n = data.collate(tokens, index, 30, 'first', 256)
-                    for net, more in ((model, ()), (feed.net, (states(index, ids.shape[1]),))):
+                    for net, more in ((model, ()), (feed.net, (states(index, ids),))):
                         model.zero_grad()
                         with autocast(CPU, dtype):
                             net(ids, n, *more).float().logsumexp(1).sum().backward()
@@ -79,9 +80,20 @@ def test_frozen_states_are_what_the_blocks_give():
                     with patched(frozen, 'fits', lambda device, size: True):  # those on a GPU
                         again = frozen.Feed(model, depth, dict(train=tokens), how, False)
                         assert again.states['train'].flat.shape[0] == states.flat.shape[0] + 1
-                        for width in (0, ids.shape[1] + 8):
-                            held = again.states['train'](index, width)
-                            assert torch.equal(held, states(index, width)), (method, width)
+                        for wide in (None, F.pad(ids, (0, 8), value=256)):
+                            held = again.states['train'](index, wide)
+                            assert torch.equal(held, states(index, wide)), method
+
+
+def test_frozen_states_of_other_ids_are_refused():
+    """An edit of batch_of that replaces tokens would not be seen by cached states."""
+    with fresh_cache():
+        model, tokens, how = example('head')
+        states = frozen.cache(model, dict(train=tokens), *how).states['train']
+        index = np.array([3, 17])
+        ids = data.collate(tokens, index, 30, 'first', 256)[0]
+        ids[1, 1] += 1
+        raises(UserError, states, index, ids, match='other token ids than the cache has: add')
 
 
 def test_frozen_states_that_a_gpu_has_room_for():

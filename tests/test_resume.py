@@ -44,7 +44,8 @@ from tests.kills import kill_and_resume
 def test_resume_is_bitwise():
     """Interrupted (Ctrl-C) mid-epoch and mid-accumulation, then resumed: the weights of a run that
     was never interrupted."""
-    for method in ('lora', 'full'):
+    typed = ['--lora', '--targets', 'c_attn,attn.c_proj,c_fc,mlp.c_proj']  # the defaults
+    for method, same in (('lora', typed), ('full', [])):
         argv = [
             *TINY,
             *FLAGS[method],
@@ -63,8 +64,10 @@ def test_resume_is_bitwise():
             code, text, err = script(train_cls.main, [*argv, '--out', out])
         assert code == 130 and '--resume --out' in err
         assert os.path.exists(os.path.join(out, 'resume.pt'))
-        raises(UserError, train_cls.main, ['--resume', '--out', out, '--lr', '5'], match='--lr')
-        train('--resume', out=out)
+        for other in (['--lr', '5'], ['--targets', 'c_fc']):
+            flags = ['--resume', '--out', out, *other]
+            raises(UserError, train_cls.main, flags, match=' '.join(other)[:9])
+        train('--resume', *same, out=out)
         name = 'adapter_model.safetensors' if method == 'lora' else 'model.safetensors'
         assert read_bytes(os.path.join(out, name)) == read_bytes(os.path.join(whole, name)), method
         assert [r['step'] for r in records(out)] == [r['step'] for r in records(whole)]
