@@ -195,9 +195,9 @@ def test_class_weights():
         with patched(torch.nn.functional, 'cross_entropy', catch):
             flags = ['--data', path, *SCRATCH, '--class_weights', kind]
             train(*flags, '--max_steps', '1')
-        assert bool((calls[0] == 1).all()) == (kind == 'none')
-        if calls[0] is not None:  # 36 common, 12 rare of 48 training rows
-            assert torch.allclose(calls[0], torch.tensor([48 / (2 * 36), 48 / (2 * 12)])), calls[0]
+        balanced = [48 / (2 * 36), 48 / (2 * 12)]  # 36 common, 12 rare of 48 training rows
+        want = balanced if kind == 'balanced' else [1, 1]
+        assert torch.allclose(calls[0], torch.tensor(want).float()), calls[0]
 
 
 def test_same_seed_same_run():
