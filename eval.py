@@ -91,8 +91,8 @@ def check(args, given):
             raise UserError(f"--{flag} needs --data: the run's own data is read with its own flags")
     if args.test and not args.data and 'split' in given:
         raise UserError('--split has no meaning with --test alone, which scores every row')
-    if args.html and len(args.run) != 1:
-        raise UserError('--html writes the page of one run: name one')
+    if args.html and (len(args.run) != 1 or args.windows):
+        raise UserError('--html writes the page of one run, which explains no --windows: name one')
     if args.plot:
         check_plots(args.plot)
 

@@ -236,5 +236,7 @@ def merged_state(model, index=None):
     for name, m in model.named_modules():
         if isinstance(m, LoRA):
             state[name + '.base.weight'] = state[name + '.base.weight'] + m.delta(index).cpu()
-            del state[name + '.A'], state[name + '.B']
+            for n, _ in m.named_parameters(prefix=name):
+                if not n.startswith(name + '.base.'):  # A, B, and what an edit added
+                    del state[n]
     return {plain_name(n): t for n, t in state.items()}

@@ -56,7 +56,7 @@ def parser():
     text = 'one language model on all texts, labels unused; the run is a folder for --model'
     add('--pretrain', action='store_true', help=text)
     add = group.add_argument
-    text = 'only one class, by number (0 = first) or name; --out may be a finished run'
+    text = 'only one class, by name, else by number (0 = first); --out may be a finished run'
     add('--class_id', metavar='K', help=text)
     text = 'JSON object {class: prompt} for --zero_shot (default: built-in prompts)'
     add('--prompts', metavar='FILE', help=text)

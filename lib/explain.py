@@ -86,8 +86,8 @@ def characters(enc, ids):
         raw += enc.decode_single_token_bytes(int(t))
         try:
             text = raw.decode()
-        except UnicodeDecodeError:
-            if i + 1 < len(ids) and len(raw) < 16:  # longer: these bytes are no text at all
+        except UnicodeDecodeError as e:
+            if i + 1 < len(ids) and e.reason == 'unexpected end of data':  # more may follow
                 continue
             text = raw.decode('utf-8', 'replace')
         out.append((text, start, i + 1))

@@ -40,9 +40,7 @@ def export(path, folder, data_dir=None, base=None):
     temp = f'{os.path.abspath(folder)}.{os.getpid()}.tmp'
     try:
         for name, model, index in parts:
-            methods = shipped.CLASSIFY if run.kind == 'cls' else shipped.LOGPROB
-            edited = shipped.edited(model.h) + shipped.edited(model, methods)
-            if edited := [name for name in edited if not name.startswith('LoRA.')]:
+            if edited := shipped.no_gpt2(model, but=lora.LoRA):
                 problem = f'{", ".join(edited)} was edited, and transformers computes GPT-2'
                 raise UserError(f'{path} cannot be exported: {problem}')
             if why := check_merge(model):

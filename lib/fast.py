@@ -53,7 +53,7 @@ def speed_up(model, device, dtype, token_ids=None, pack=True, matrix=None):
         packs = floats and not model.wte.weight.requires_grad
         model.next_logprobs = FastVocabulary(model, floats if packs else None)
     if token_ids is not None and model.wte.weight.requires_grad:
-        if known('GPT.embed', shipped.CLASSIFY):
+        if known('GPT.embed', shipped.CLASSIFY) and not shipped.edited(model.wte):
             TrainedRows(model.wte, token_ids)
     if device.type == 'cpu':
         keep_freed_memory()

@@ -10,8 +10,8 @@ from lib.files import UserError
 
 def folds(split, k, seed):
     """The fold, 0 .. k - 1, of each row of a data.Split -> (n,) int64. Stratified: a class has as
-    many rows in every fold as in any other, or one more. Rows with the same text are in one fold.
-    Picked by seed. Raises UserError if a class has fewer than k texts."""
+    many rows in every fold as in any other, or one more, as far as that goes: rows with the same
+    text are in one fold. Picked by seed. Raises UserError if a class has fewer than k texts."""
     texts = {}
     for i, text in enumerate(split.texts):
         texts.setdefault(text, []).append(i)

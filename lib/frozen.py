@@ -46,7 +46,8 @@ def cache(model, splits, max_length, keep, device, dtype):
     depth = frozen_depth(model)
     if not depth:
         return None
-    if names := shipped.edited(model.h) + shipped.edited(model, shipped.HIDDEN):
+    below = [*shipped.edited(model.h), *shipped.edited(model.wte), *shipped.edited(model.drop)]
+    if names := below + shipped.edited(model, shipped.HIDDEN):
         print(f'frozen blocks are not cached: {", ".join(names)} as edited')
         return None
     print(f'caching the output of {counted(depth, "frozen block")}', flush=True)
@@ -67,9 +68,8 @@ class Feed:
     (index) -> states of those rows of a split."""
 
     def __init__(self, model, depth, splits, where, fresh):
-        head_only = not any(
-            p.requires_grad for n, p in model.named_parameters() if n[:6] != 'score.'
-        )
+        others = [p.requires_grad for n, p in model.named_parameters() if n[:6] != 'score.']
+        head_only = not any(others) and not shipped.edited(model, shipped.CLASSIFY)
         self.net = Head(model) if head_only else Tail(model, depth)
         self.states = {
             n: FrozenStates(self.net, model, t, *where, fresh) for n, t in splits.items()
@@ -119,10 +119,11 @@ class Tail:
 
     def __init__(self, model, depth):
         self.front, self.tail = part(model, model.h[:depth]), part(model, model.h[depth:])
+        self.model = model
         self.front._modules['ln_f'] = nn.Identity()
 
     def __call__(self, ids, lengths, states):
-        self.tail.embed = lambda *_: states
+        self.tail.embed, self.tail.training = (lambda *_: states), self.model.training
         return self.tail(ids, lengths)
 
     def states_of(self, ids, lengths):

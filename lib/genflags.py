@@ -4,7 +4,7 @@ and --class_id with its --out). Called by train_gen.py."""
 import glob
 import os
 
-from lib import flags, runfolder
+from lib import files, flags, runfolder
 from lib.files import UserError
 from lib.resume import load_resume
 
@@ -52,6 +52,12 @@ def resume(args, given):
     if later and info['method'] not in ('lora', 'prefix'):
         method = f'{args.out} is one of --{info["method"]}'
         raise UserError(f'--posterior_steps needs a run of --lora or --prefix, and {method}')
+    records = glob.glob(os.path.join(inside, '*', 'class.json'))
+    done = [files.read_object(path).get('posterior_steps') for path in records]
+    if later and done and all(done):
+        raise UserError(f'{args.out} has had its posterior steps; they are not repeated')
+    if later and not (args.posterior_steps or info['args'].get('posterior_steps')):
+        raise UserError(f'--{min(later)} does nothing without --posterior_steps')
     old = {**info.get('pending', info['args']), **{name: getattr(args, name) for name in later}}
     return flags.resumed(args, given - later, {**old, 'class_id': None}), set(), dict(work=None)
 

@@ -58,15 +58,15 @@ def start_from(model, args, ds):
     path, info = args.init, runfolder.read_run(args.init)
     source, old = runfolder.load_cls(path, info, args.data_dir), info['labels']
     theirs = dict(source.named_parameters())
+    if 'score.weight' not in theirs and ds.labels != old:
+        raise UserError(
+            f'--init {path}: its head, edited, has no row per label; the data must '
+            f'have the labels of that run: {listing(old)}'
+        )
     with torch.no_grad():
         for name, p in lora.trainables(model).items():
             if name != 'score.weight' and not torch.equal(p, theirs[name]):
                 p.copy_(theirs[name])
-        if 'score.weight' not in theirs and ds.labels != old:
-            raise UserError(
-                f'--init {path}: its head, edited, has no row per label; the data must '
-                f'have the labels of that run: {listing(old)}'
-            )
         for i, label in enumerate(ds.labels):
             if 'score.weight' in theirs and label in old:
                 model.score.weight[i] = source.score.weight[old.index(label)]

@@ -202,8 +202,10 @@ def peft_config(folder):
 
     def numbers(alphas):
         pairs = (alphas or {}).items()
-        known = [re.fullmatch(r'[\w.]+', end) and type(a) in (int, float) for end, a in pairs]
-        return all(known) and all(abs(a) < 1e6 for _, a in pairs)
+        if odd := [end for end, _ in pairs if not re.fullmatch(r'[\w.]+', end)]:
+            what = f'alpha_pattern holds the expression {odd[0]!r}'
+            raise UserError(f'{path}: {what}; only names of layers and their ends are supported')
+        return all(type(a) in (int, float) and abs(a) < 1e6 for _, a in pairs)
 
     targets = field('target_modules', [str, list], lambda t: t and list_of(str)(t))
     blocks = field('layers_to_transform', [int, list, type(None)], list_of(int))

@@ -51,6 +51,10 @@ def several_runs(main, args, given, argv):
             print('run the same command again to go on with the others', file=sys.stderr)
             return state
         found.append(state)
+    trained_on = sorted({runfolder.read_run(run['out'])['args']['data'] for run in found})
+    if len(trained_on) > 1:
+        why = f'these runs are of different data ({", ".join(trained_on)})'
+        raise UserError(f'{why}: name --data, and another --out')
     means = {}
     for key in SHOWN:
         mean, half = mean_interval([result['test'][key] for result in found])
@@ -78,7 +82,7 @@ def state_of(path, args, given):
     else:
         return None
     aside = OWN | (set() if 'max_length' in given else {'max_length'})
-    if not given & {'data', 'model'}:  # it may be the demo
+    if not given & {'data', 'model'} and saved.get('data') == 'demo':  # it stood in
         aside |= {'data', 'model', 'lr', 'max_steps', 'dtype'} - given
     for name, value in vars(args).items():
         if name not in aside and saved.get(name, value) != value:

@@ -105,7 +105,8 @@ def stored(path):
         return None, None
     raw = files.read_bytes(file)
     if len(raw) % 8 or len(raw) < 8 * len(SPLITS):
-        raise UserError(f'{file} is damaged; restore it, or remove it: then no split is verified')
+        advice = 'then nobody knows which texts the run was trained on'
+        raise UserError(f'{file} is damaged; restore it, or remove it: {advice}')
     numbers = np.frombuffer(raw, '<u8')
     n = len(SPLITS)
     return {name: f'{int(x):016x}' for name, x in zip(SPLITS, numbers)}, np.sort(numbers[n:])
@@ -120,7 +121,7 @@ def record(path, ds, saved=None, old=None, init=None):
         check(path, stored(path)[0], ds, 'start a new run with another --out')
     else:
         texts = text_hashes(ds.train.texts)
-        if old and old.get('split'):  # its other classes were trained on these
+        if old and stored(path)[0]:  # its other classes were trained on these
             texts = np.append(texts, stored(path)[1])
         if init and stored(init)[0]:
             texts = np.append(texts, stored(init)[1])

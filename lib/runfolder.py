@@ -87,8 +87,7 @@ def notes(model, method, pool='last'):
         names |= extras(model).keys()
     names = sorted({re.sub(r'\bh\.\d+\.', 'h.*.', n) for n in names})
     lines = [f'  {", ".join(names)}: saved, but transformers and PEFT will ignore it'] * bool(names)
-    methods = shipped.CLASSIFY if model.num_labels else shipped.LOGPROB
-    if edited := shipped.edited(model.h) + shipped.edited(model, methods):
+    if edited := shipped.no_gpt2(model):
         lines += [
             f'  {", ".join(edited)} as edited: transformers and PEFT compute GPT-2 without it'
         ]

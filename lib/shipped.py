@@ -29,17 +29,25 @@ SKIPPED = tokenize.COMMENT, tokenize.NL
 MARKS = {tokenize.NEWLINE: '\n', tokenize.INDENT: '{', tokenize.DEDENT: '}'}
 
 
-def edited(module, methods=None):
-    """Names of what is not the known code, as 'Block.forward': `forward` of all modules inside, and
-    parameters that an edit added to them; or with methods, a GPT's methods of these names."""
-    inside = [module] if methods else list(module.modules())
-    pairs = {(type(m), name) for m in inside for name in methods or ['forward']}
+def edited(module, methods=None, made=False, but=()):
+    """Names of what is not the known code, as 'Block.forward': `forward` of all modules inside (but
+    those of some classes), and parameters that an edit added to them, with made also `__init__`;
+    or with methods, a GPT's methods of these names."""
+    inside = [module] if methods else [m for m in module.modules() if not isinstance(m, but)]
+    names = methods or ['forward', '__init__'][: 1 + made]
+    pairs = {(type(m), name) for m in inside for name in names}
     functions = {f'{owner.__qualname__}.{name}': getattr(owner, name) for owner, name in pairs}
     found = {n for n, f in functions.items() if not of_torch(f) and code(f) != known().get(n)}
     for m in inside:
         if type(m) in PARAMETERS:
             found |= {f'{type(m).__name__}.{n}' for n in m._parameters.keys() - PARAMETERS[type(m)]}
     return sorted(found)
+
+
+def no_gpt2(model, but=()):
+    """The same of a whole GPT, for what reads its weights as those of GPT-2 and LoRA."""
+    methods = CLASSIFY if model.num_labels else LOGPROB
+    return sorted({*edited(model, made=True, but=but), *edited(model, methods)})
 
 
 def of_torch(function):
@@ -71,8 +79,9 @@ def known():
 
 def present():
     """{name: hash} of the code as it is."""
-    owners = {owner: ['forward'] for owner in (Conv1D, Attention, MLP, Block, LoRA, Adapter)}
-    owners[GPT] = sorted({*CLASSIFY, *LOGPROB})
+    every = ['__init__', 'forward']
+    owners = dict.fromkeys((Conv1D, Attention, MLP, Block, LoRA, Adapter), every)
+    owners[GPT] = [*every, *sorted({*CLASSIFY, *LOGPROB})]
     pairs = [(owner, name) for owner, names in owners.items() for name in names]
     return {f'{owner.__name__}.{name}': code(getattr(owner, name)) for owner, name in pairs}
 

@@ -162,6 +162,9 @@ def test_a_head_of_two_layers_is_saved():
         assert open_run(again).labels == open_run(out).labels
         flags = ['--init', out, '--data', labels, '--out', os.path.join(tmp(), 'x')]
         raises(UserError, train_cls.main, flags, match='no row per label')
+        more = write('more.csv', table(90, ('news', 'ham', 'spam')))
+        flags[flags.index(labels)] = more
+        raises(UserError, train_cls.main, flags, match='no row per label')
 
 
 def test_a_head_of_an_edit_is_not_taken_along():

@@ -277,6 +277,7 @@ def test_preds_errors():
         ['runs/x', '--test', good, '--split', 'val'],
         match='--split has no meaning',
     )
+    raises(UserError, run_eval, ['runs/x', '--html', 'x.html', '--windows'], match='no --windows')
 
 
 def fake_run(labels, logits, data_args=None, log=()):

@@ -289,3 +289,20 @@ def test_classes_trained_by_several_processes_at_once():
         for folder in (out, whole)
     )
     assert np.allclose(a, b, atol=1e-3), (a, b)
+
+
+def test_posterior_steps_are_not_repeated():
+    for run, more, match in (
+        ('posterior', ['--posterior_steps', '1'], 'they are not repeated'),
+        ('lora', ['--likelihood_share', '0.5'], 'does nothing without --posterior_steps'),
+    ):
+        flags = ['--resume', '--out', copied(gen_run(run)), *more]
+        raises(UserError, train_gen.main, flags, match=match)
+
+
+def test_a_class_of_a_run_without_hashes():
+    """As the message on a damaged file of hashes advises."""
+    out = copied(gen_run('lora'))
+    os.remove(os.path.join(out, 'train_texts.bin'))
+    assert not script(train_gen.main, ['--class_id', '0', '--max_steps', '2', '--out', out])[0]
+    assert os.path.getsize(os.path.join(out, 'train_texts.bin')) % 8 == 0

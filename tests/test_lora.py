@@ -126,7 +126,7 @@ def test_peft_files_refused():
         (dict(target_modules=['c_attn']), 'is unexpected'),
         (dict(r='many'), 'malformed'),
         (dict(alpha_pattern={'c_attn': 'much'}), 'malformed'),
-        (dict(alpha_pattern={r'.*\.c_attn': 3}), 'malformed'),
+        (dict(alpha_pattern={r'.*\.c_attn': 3}), 'holds the expression'),
     ):
         write_json(path, {**config, **change})
         raises(UserError, load_peft, folder, formula_model(), match=match)

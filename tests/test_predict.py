@@ -103,6 +103,12 @@ def test_predict_inputs():
         raises(UserError, predict.main, argv, match=match)
 
 
+def test_a_text_cut_within_a_character():
+    ids = list('привет'.encode())[1:]
+    pieces = lib.explain.characters(tokenizer('bytes'), ids)
+    assert pieces == [('\ufffd', 0, 1), *((c, 1 + 2 * i, 3 + 2 * i) for i, c in enumerate('ривет'))]
+
+
 def test_explain_is_leave_one_out():
     out = tiny_run('full')
     run = open_run(out, 'cpu', 'fp32')

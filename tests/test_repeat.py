@@ -170,6 +170,8 @@ def test_seeds():
     scored = run_eval([*(r['out'] for r in found['runs']), '--mean', '--dtype', 'fp32'])[0]
     assert f'{mean:.4f} +- ' in scored, scored
     raises(UserError, train_cls.main, [*flags, '--seeds', '2', '--clip', '2'], match='--clip 1.0')
+    without = [*SHAPE, '--seed', '5', '--seeds', '4', '--out', out]  # --data forgotten: SST-2
+    raises(UserError, train_cls.main, without, match='was trained with --')
     raises(UserError, train_cls.main, [*flags, '--seeds', '2', '--folds', '2'], match='--folds')
 
 

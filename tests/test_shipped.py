@@ -3,26 +3,30 @@
 import functools
 import os
 
+import numpy as np
 import torch
 
 import lora
 import predict
 from lib import export, frozen, runfolder, shipped
+from lib.fast import speed_up
 from lib.files import UserError
 from lib.metrics import metrics, softmax
 from lib.rundata import own_data
 from lib.runs import open_run
 from lib.tokens import tokenize, tokenizer
-from model import GPT, Block, Embedding
+from model import GPT, Attention, Block, Embedding, Head
 from tests.helpers import (
     CPU,
     SMALL,
     TINY,
     assert_same,
+    far,
     formula_model,
     fresh_cache,
     hugging_face,
     patched,
+    ragged,
     raises,
     script,
     tiny_run,
@@ -84,7 +88,16 @@ def test_an_edit_without_parameters_is_not_exported():
                 match = f'GPT.{name} was edited, and transformers computes GPT-2'
                 raises(UserError, export.export, out, os.path.join(tmp(), 'x'), match=match)
             assert f'GPT.{name} as edited: transformers and PEFT compute GPT-2 without it' in text
-    assert not runfolder.notes(formula_model(), 'full')
+    plain = formula_model()
+    assert not runfolder.notes(plain, 'full')
+    init = Attention.__init__
+    for owner, name, edited in (
+        (GPT, 'forward', lambda self, ids, lengths: 2 * self.classify(ids, lengths)),
+        (Head, 'forward', lambda self, x: torch.cos(x @ self.weight.t())),
+        (Attention, '__init__', lambda self, cfg: init(self, cfg)),
+    ):
+        with patched(owner, name, edited):
+            assert f'{owner.__name__}.{name} as edited' in runfolder.notes(plain, 'full')[0]
     code, text, _ = script(predict.main, [tiny_run('full'), '--export', os.path.join(tmp(), 'y')])
     assert not code and 'wrote' in text
 
@@ -100,6 +113,57 @@ def test_states_of_edited_blocks_are_not_cached():
         assert frozen.cache(small, splits, *where)
         with patched(Block, 'forward', lambda self, x: x if torch.rand(()) < 0.5 else x + 1):
             assert not frozen.cache(small, splits, *where)
+
+
+def test_an_edit_of_lora_is_exported_if_delta_follows():
+    class Gain(lora.LoRA):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.gain = torch.nn.Parameter(torch.full((self.B.shape[-2],), 1.5))
+
+        def forward(self, x):
+            y = self.base(x)
+            return y + (super().forward(x) - y) * self.gain
+
+        def delta(self, index=None):
+            return super().delta(index) * self.gain.detach()
+
+    with patched(lora, 'LoRA', Gain):
+        out, _ = train(*TINY, *'--lora --dtype fp32 --lr 1e-2 --epochs 3'.split())
+        folder = os.path.join(tmp(), 'x')
+        export.export(out, folder)
+        want = torch.from_numpy(open_run(out, 'cpu', 'fp32').logits(['good', 'not bad']))
+    got = torch.from_numpy(open_run(folder, 'cpu', 'fp32').logits(['good', 'not bad']))
+    assert far(got, want) < 1e-5
+
+
+def test_an_edit_of_an_embedding_or_of_the_head_is_not_cached():
+    """Dropout in front of the head, and noise on embeddings: in training alone."""
+
+    def classify(self, ids, lengths):
+        state = self.pool(self.hidden(self.padded(ids)), lengths)
+        return self.score(torch.nn.functional.dropout(state, 0.5, self.training))
+
+    def noisy(self, ids):
+        x = torch.nn.functional.embedding(ids, self.weight)
+        return x + torch.rand_like(x) if self.training else x
+
+    small = formula_model()
+    lora.adapt(small, 'head')
+    tokens = tokenize(tokenizer('bytes'), ['abc', 'de'], cache=False)
+    splits, where = dict(train=tokens), (16, 'first', CPU, torch.float32)
+    ids, n = ragged(257)
+    with fresh_cache():
+        with patched(GPT, 'classify', classify):
+            feed = frozen.cache(small.train(), splits, *where)
+            states = feed.states['train'](np.arange(2))
+            a, b = (feed.net(ids[:2, :3], torch.tensor([3, 2]), states) for _ in range(2))
+            assert not torch.equal(a, b)
+        with patched(Embedding, 'forward', noisy):
+            assert not frozen.cache(small, splits, *where)
+            full = formula_model()
+            speed_up(full, CPU, torch.float32, ids.numpy())
+            assert full.wte.weight.requires_grad, 'rows of the embedding took its place'
 
 
 def test_an_edited_lora_is_not_merged():
