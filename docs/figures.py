@@ -78,18 +78,19 @@ class Picture:
 
 
 class Axes:
-    """A plot in a part of a picture: x from 0 to 1, y from low to 100 in percent."""
+    """A plot in a part of a picture: x from 0 to 1, y from low to high, by default in percent."""
 
-    def __init__(self, picture, left, top, width, height, low):
+    def __init__(self, picture, left, top, width, height, low, high=100):
         self.picture, self.left, self.top = picture, left, top
-        self.width, self.height, self.low = width, height, low
-        for value in np.arange(low, 101, 20 if low < 50 else 10):
+        self.width, self.height, self.low, self.high = width, height, low, high
+        step = 1 if high < 20 else 20 if low < 50 else 10
+        for value in np.arange(low, high + 1, step):
             _, y = self.at(0, value)
             picture.line([(left, y), (left + width, y)], width=0.4)
             picture.text(left - 6, y + 4, f'{value:.0f}', anchor='end')
 
-    def at(self, x, percent):
-        y = self.top + self.height * (100 - percent) / (100 - self.low)
+    def at(self, x, value):
+        y = self.top + self.height * (self.high - value) / (self.high - self.low)
         return self.left + self.width * x, y
 
     def title(self, words):
@@ -186,6 +187,28 @@ def speed(found):
     p.save('speed.svg')
 
 
+def loss(found):
+    """Loss of our own base model by steps: the mean since the last point on training texts, and on
+    validation texts."""
+    p, last = Picture(520, 290), found['val_loss'][-1][0]
+    values = [value for key in ('loss', 'val_loss') for _, value in found[key]]
+    axes = Axes(p, 40, 40, 450, 190, np.floor(min(values)), np.ceil(max(values)))
+    axes.title('nats per token')
+    for key, colour, words, x in (
+        ('loss', GREY, 'training texts', 300),
+        ('val_loss', RED, 'validation texts', 400),
+    ):
+        points = [axes.at(step / last, value) for step, value in found[key]]
+        p.line(points, colour)
+        p.text(x, 30, words, colour)
+        for point in points:
+            p.dot(*point, 2.5, colour)
+    for step, _ in [(0, 0), *found['val_loss']]:
+        p.text(axes.at(step / last, 0)[0], 250, f'{step:,}', anchor='middle')
+    p.text(axes.at(0.5, 0)[0], 274, 'steps of at most 4,096 tokens', anchor='middle')
+    p.save('loss.svg')
+
+
 def of_runs(cls, gen, other):
     """Two runs that explain TEXT, a generative run that shows its calibration -> the numbers of
     explained() and calibration(), as a dict."""
@@ -224,6 +247,7 @@ def main(argv=None):
     calibration(found)
     explained(found)
     speed(results('speed'))
+    loss(results('base')['base'])
 
 
 if __name__ == '__main__':

@@ -110,8 +110,34 @@ def accuracy():
     return markdown(head, [[row.get(key, '') for key in keys] for row in rows], 9)
 
 
+def summary():
+    """The table of README.md: some rows of the one above, in short."""
+    lines = [row['short'] for row in results('accuracy')['rows'] if 'short' in row]
+    return markdown(('test rows of', 'model', 'accuracy, %'), lines, 9)
+
+
+def base():
+    """What the base model of docs/base.py is worth: a line per data set, a column per method."""
+    rows = results('base')['rows']
+    methods = list(dict.fromkeys(r['method'] for r in rows))
+    lines = []
+    for name in sets(rows):
+        found = {r['method']: r for r in rows if r['data'] == name}
+        lines.append((NAMES[name], *(measured(found.get(method)) for method in methods)))
+    return markdown(('data', *methods), lines, 1)
+
+
+def measured(row):
+    """Accuracy in percent, its 95 % interval, minutes for training and test; empty without one."""
+    if not row:
+        return ''
+    low, high = (100 * bound for bound in row['ci95'])
+    accuracy = f'{100 * row["accuracy"]:.1f} [{low:.1f}, {high:.1f}]'
+    return f'{accuracy}, {row["minutes"]:.0f} min' if row['minutes'] >= 1 else accuracy
+
+
 TABLES = dict(rows_per_class=rows_per_class, noise=noise, spurious=spurious, prior=prior)
-TABLES.update(drop=drop, accuracy=accuracy)
+TABLES.update(drop=drop, accuracy=accuracy, base=base, summary=summary)
 
 
 def filled(text):

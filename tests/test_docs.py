@@ -11,10 +11,10 @@ import numpy as np
 import data
 import train_cls
 import train_gen
-from docs import experiments, features, figures, tables
+from docs import base, experiments, features, figures, tables
 from lib.files import read_bytes, read_json
 from lib.tokens import tokenizer
-from tests.helpers import TINY, gen_run, patched, script, tmp
+from tests.helpers import SCRATCH, TINY, gen_run, patched, script, tmp
 
 
 def test_tables_are_those_of_the_files():
@@ -40,7 +40,7 @@ def test_pictures_are_those_of_the_numbers():
     with patched(figures, 'DOCS', out):
         assert not script(figures.main, [])[0]
     drawn = sorted(glob.glob(os.path.join(out, '*.svg')))
-    assert len(drawn) == 4
+    assert len(drawn) == 5
     for path in drawn:
         name = os.path.basename(path)
         where = os.path.join(tables.TOP, 'docs', name)
@@ -128,6 +128,30 @@ def test_experiments_fill_their_file():
         *(('drop', share) for share in (0.0, 0.1, 0.3, 0.5)),
     }
     assert not any(r['experiment'] == 'drop' for r in rows if 'LoRA' in r['method'])
+
+
+def test_own_base_model_and_what_it_is_worth():
+    """docs/base.py notes the loss of the language model and an accuracy per data set and method;
+    a second call computes nothing."""
+    out, few = tmp(), data.load(TINY[1])
+    argv = ['--out', out, '--json', os.path.join(out, 'base.json'), '--data', 'sst2']
+    short = ' '.join([*SCRATCH, '--max_steps 2 --log_every 1'])
+    world = [(data, 'load', lambda *a, **k: few), (base, 'linear', lambda train, test: 0.75)]
+    world += [(base, 'PRETRAIN', f'--pretrain {short}'), (base, 'SHAPE', ' '.join(SCRATCH))]
+    world += [(base, 'SETS', dict(sst2='--max_length 16 --eval_samples 20'))]
+    with contextlib.ExitStack() as stack:
+        for where in world:
+            stack.enter_context(patched(*where))
+        assert not script(base.main, argv)[0]
+        found = read_json(argv[3])
+        assert not script(base.main, argv)[1]
+    assert [step for step, _ in found['base']['loss']] == [1, 2] and found['base']['val_loss']
+    assert [row['method'] for row in found['rows']] == list(base.METHODS)
+    for row in found['rows']:
+        low, high = row['ci95']
+        assert low < row['accuracy'] < high or row['accuracy'] in (0, 1), row
+        assert ('--model' in row['command']) == (row['method'] != base.TFIDF)
+    assert found['rows'][-1]['accuracy'] == 0.75
 
 
 def test_features_of_a_generative_run():
