@@ -105,9 +105,9 @@ def main(argv=None):
     args, given, resumed = parse(argv)
     if args.seeds > 1 or args.folds and args.fold is None:
         return several_runs(main, args, given, argv)
+    check_graphs(args, device.pick_device(args.device, args.dtype)[0])  # before data are read
     ds, model, train, val = load(args, given, resumed)
-    dev, dtype, reason = device.pick_device(args.device, args.dtype)
-    check_graphs(args, dev)
+    dev, dtype, reason = device.pick_device(args.device, args.dtype)  # the demo has a --dtype
 
     # --- what trains ---
     original = model.state_dict()  # float32: frozen weights are saved as they were read

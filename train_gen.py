@@ -332,10 +332,10 @@ def main(argv=None):
     args, given, saved = parse(argv)
     if args.seeds > 1:
         return several_runs(main, args, given, argv)
+    check_graphs(args, device.pick_device(args.device, args.dtype)[0])  # before data are read
     genrun.recover(args.out)
     run = load(args, given, saved)
-    dev, dtype, reason = device.pick_device(args.device, args.dtype)
-    check_graphs(args, dev)
+    dev, dtype, reason = device.pick_device(args.device, args.dtype)  # the demo has a --dtype
     run.given, run.dev, run.dtype = given, dev, dtype
     genrun.begin(run, saved)
     notes, place = genrun.notes(run), (dev, dtype, reason)

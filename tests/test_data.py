@@ -222,7 +222,7 @@ def test_own_file_errors():
     bad('x.jsonl', '{"text": "a", "label": null}', 'line 1: the label')
     bad('x.csv', table(30, ('a',)), 'at least two classes')
     bad('x.csv', table(4), 'too few')
-    bad('x.csv', head + '"",a\n"",b\n' * 4, 'too few to hold test rows out (')
+    bad('x.csv', head + '"",a\n"",b\n' * 4, 'too few to hold val rows out (')
     bad('x.csv', head + '"",a\n"",b\n' * 4, '6 exact duplicates dropped')
     bad('x.csv', table(30, [str(i) for i in range(30)]), 'too few')
     bad('x.txt', 'hello', 'expected a .csv, .tsv or .jsonl file')

@@ -173,7 +173,9 @@ def test_states_that_do_not_fit_are_not_used():
             assert frozen.cache(model, splits, *how) is None
         with patched(GPT, 'classify', lambda self, ids, n: 2 * self.score(self.hidden(ids)[:, 0])):
             model, tokens, how = example('head')
-            assert frozen.cache(model, splits, *how) is None
+            feed = frozen.cache(model, splits, *how)
+            got = class_logits(model, tokens, *how, net=feed.net, states=feed.states['train'])
+            assert np.allclose(got, class_logits(model, tokens, *how), atol=1e-4)
 
 
 def test_make_room_beside_another_run():

@@ -85,8 +85,8 @@ def torchrun(n, name, *argv, wait=True):
 
 
 def close_runs(a, b, weights=1e-5):
-    """The losses and validation figures of two runs agree to 1e-5, their saved weights to `weights`
-    of the largest."""
+    """The losses and validation figures of two runs agree to 1e-5, half of their saved weights to
+    1e-6 and all to `weights` of the largest."""
     others = ('_per_s', 'lr', 'pad_share')
     assert len(records(a)) == len(records(b))
     for x, y in zip(records(a), records(b)):
@@ -100,7 +100,8 @@ def close_runs(a, b, weights=1e-5):
         x, y = (load_safetensors(os.path.join(out, path)) for out in (a, b))
         for n in x:
             largest = max(1, float(x[n].abs().max()))
-            assert float((x[n] - y[n]).abs().max()) < weights * largest, (path, n)
+            away = (x[n] - y[n]).abs() / largest
+            assert away.max() < weights and away.median() < 1e-6, (path, n, away.max())
 
 
 def test_distributed_classifier():
@@ -139,7 +140,7 @@ def test_distributed_generative():
     out = os.path.join(tmp(), 'run')
     code, text, err = torchrun(2, 'train_gen.py', *flags, '--out', out)
     assert code == 0, err
-    close_runs(one, out, weights=1e-4)  # Adam's first steps blow up what differs in tiny gradients
+    close_runs(one, out, weights=1e-3)  # Adam's first steps blow up what differs in tiny gradients
     a, b = (read_json(os.path.join(folder, 'eval_results.json')) for folder in (one, out))
     assert abs(a['nll'] - b['nll']) < 1e-4 and a['accuracy'] == b['accuracy']
 
