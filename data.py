@@ -69,7 +69,7 @@ def read(name, data_dir, val, test, form, notes):
     return rows, labels, form
 
 
-def label_order(name, rows, labels, fewest=2):
+def label_order(name, rows, labels, fewest):
     """-> the class names in order: `labels`, or those of train, sorted (numbers as numbers).
     Raises UserError if train lacks a class, or another split has a label that train lacks."""
     train = {label for _, label in rows['train']}

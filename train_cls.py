@@ -119,7 +119,7 @@ def main(argv=None):
     facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method, args.pool)
     device.place(model, dev, dtype)
     if not args.plain:  # the same numbers, sooner: you may delete these lines
-        fast.speed_up(model, dev, dtype, np.append(train.flat, model.end), pack=not args.compile)
+        fast.speed_up(model, dev, dtype, train.flat, pack=not args.compile)
     training.wrap_blocks(model, args)
     params, net = lora.trainables(model), ranks.wrap(model.train())
     opt = training.make_optimizer(model, args.lr, args.weight_decay)

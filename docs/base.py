@@ -7,7 +7,6 @@ without their labels and without any test text; then each data set is learned on
 same shape from random weights and TF-IDF with logistic regression stand beside it. Accuracies,
 times and losses go to docs/results/base.json as they come; what it holds is not computed again."""
 
-import json
 import os
 import sys
 import time
@@ -19,8 +18,9 @@ if TOP not in sys.path:
 import data
 import train_cls
 import train_gen
-from docs.experiments import Rows, linear
+from docs.experiments import Rows, linear, write_texts
 from lib import cli, files
+from lib.classes import log_rows
 from lib.intervals import wilson
 from lib.measure import machine
 
@@ -67,8 +67,7 @@ def base_model(book, folder):
     """-> folder of the language model, trained if it is not there"""
     base, texts = os.path.join(folder, 'base'), os.path.join(folder, 'texts.txt')
     if not os.path.isfile(os.path.join(base, 'run.json')):
-        lines = [' '.join(text.split()) for name in SETS for text in data.load(name).train.texts]
-        files.write_atomic(texts, '\n'.join(lines) + '\n')
+        write_texts(texts, [text for name in SETS for text in data.load(name).train.texts])
         began = time.time()
         train_gen.main([*PRETRAIN.split(), '--data', texts, '--out', base])
         minutes = round((time.time() - began) / 60)
@@ -80,9 +79,7 @@ def base_model(book, folder):
 
 def losses(base):
     """-> {key: [[step, nats per token], ...]} of the training and of the validation texts."""
-    with open(os.path.join(base, 'log.jsonl'), encoding='utf-8') as f:
-        rows = [json.loads(line) for line in f]
-    keys = 'loss', 'val_loss'
+    rows, keys = log_rows(os.path.join(base, 'log.jsonl')), ('loss', 'val_loss')
     return {key: [[r['step'], round(r[key], 4)] for r in rows if key in r] for key in keys}
 
 

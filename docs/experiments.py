@@ -161,8 +161,7 @@ class Study:
         if not os.path.isdir(base):
             texts, part = os.path.join(self.folder, 'texts.txt'), base + '.part'
             shutil.rmtree(part, ignore_errors=True)  # of an interrupted call
-            lines = (' '.join(text.split()) for text in self.train.texts)
-            files.write_atomic(texts, '\n'.join(lines) + '\n')
+            write_texts(texts, self.train.texts)
             argv = ['--pretrain', '--data', texts, *self.new, '--max_length', str(LENGTH)]
             argv += '--epochs 2 --batch_size 32 --lr 2e-3 --schedule cosine'.split()
             self.call(train_gen, [*argv, '--out', part])
@@ -246,6 +245,11 @@ class Study:
         for share in (0.0, 0.1, 0.3, 0.5):
             rows = dropped(self.test, share, self.enc, 0) if share else self.test
             self.note(self.probs(run, rows)[1], **key, experiment='drop', condition=share)
+
+
+def write_texts(path, texts):
+    """A file of texts for --pretrain, one in each line."""
+    files.write_atomic(path, ''.join(f'{" ".join(text.split())}\n' for text in texts))
 
 
 def naive_bayes(train, test, k, enc):

@@ -46,8 +46,8 @@ def changed(module):
 
 
 def has_hooks(module):
-    kinds = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-    return any(getattr(module, kind, None) for kind in kinds)
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def fast_forward(module):

@@ -77,6 +77,14 @@ def promote(done, out):
     shutil.rmtree(done)
 
 
+def had_posterior(out, folders):
+    """Have all classes of a run, in these folders, had their posterior steps?"""
+    records = [os.path.join(out, f, 'class.json') for f in folders if finished(out, f)]
+    return len(records) == len(folders) and all(
+        'posterior_steps' in files.read_object(r) for r in records
+    )
+
+
 def log_rows(path):
     """The undamaged rows of a log.jsonl, [] if there is none."""
     lines = files.read_bytes(path).decode('utf-8', 'replace') if os.path.isfile(path) else ''

@@ -11,6 +11,7 @@ import gc
 import sys
 from types import MethodType
 
+import numpy as np
 import torch
 
 from lib import ranks, selfcheck, shipped
@@ -37,9 +38,10 @@ def speed_up(model, device, dtype, token_ids=None, pack=True, matrix=None):
                 if isinstance(layer, (Conv1D, LoRA)):
                     install(layer, make_layer, matrix, checked, plain)
 
-    def known(method, methods):
-        """Are the methods of GPT that a faster one of this name stands for those that it knows?"""
-        found = shipped.edited(model, methods)
+    def known(method, methods, *modules):
+        """Are the methods of GPT, and the modules, that a faster one of this name stands for those
+        that it knows?"""
+        found = shipped.edited_methods(model, methods) + shipped.edited(*modules)
         plain.update({method: as_written(found)} if found else {})
         return not found
 
@@ -53,8 +55,8 @@ def speed_up(model, device, dtype, token_ids=None, pack=True, matrix=None):
         packs = floats and not model.wte.weight.requires_grad
         model.next_logprobs = FastVocabulary(model, floats if packs else None)
     if token_ids is not None and model.wte.weight.requires_grad:
-        if known('GPT.embed', shipped.CLASSIFY) and not shipped.edited(model.wte):
-            TrainedRows(model.wte, token_ids)
+        if known('GPT.embed', shipped.CLASSIFY, model.wte):
+            TrainedRows(model.wte, np.append(token_ids, model.end))
     if device.type == 'cpu':
         keep_freed_memory()
     for why in dict.fromkeys(plain.values()) if ranks.rank() == 0 else ():

@@ -46,8 +46,8 @@ def cache(model, splits, max_length, keep, device, dtype):
     depth = frozen_depth(model)
     if not depth:
         return None
-    below = [*shipped.edited(model.h), *shipped.edited(model.wte), *shipped.edited(model.drop)]
-    if names := below + shipped.edited(model, shipped.HIDDEN):
+    below = shipped.edited(model.h, model.wte, model.drop)
+    if names := below + shipped.edited_methods(model, shipped.HIDDEN):
         print(f'frozen blocks are not cached: {", ".join(names)} as edited')
         return None
     print(f'caching the output of {counted(depth, "frozen block")}', flush=True)
@@ -69,7 +69,7 @@ class Feed:
 
     def __init__(self, model, depth, splits, where, fresh):
         others = [p.requires_grad for n, p in model.named_parameters() if n[:6] != 'score.']
-        head_only = not any(others) and not shipped.edited(model, shipped.CLASSIFY)
+        head_only = not any(others) and not shipped.edited_methods(model, shipped.CLASSIFY)
         self.net = Head(model) if head_only else Tail(model, depth)
         self.states = {
             n: FrozenStates(self.net, model, t, *where, fresh) for n, t in splits.items()

@@ -4,7 +4,8 @@ and --class_id with its --out). Called by train_gen.py."""
 import glob
 import os
 
-from lib import files, flags, runfolder
+from lib import flags, runfolder
+from lib.classes import had_posterior
 from lib.files import UserError
 from lib.resume import load_resume
 
@@ -52,9 +53,7 @@ def resume(args, given):
     if later and info['method'] not in ('lora', 'prefix'):
         method = f'{args.out} is one of --{info["method"]}'
         raise UserError(f'--posterior_steps needs a run of --lora or --prefix, and {method}')
-    records = glob.glob(os.path.join(inside, '*', 'class.json'))
-    done = [files.read_object(path).get('posterior_steps') for path in records]
-    if later and done and all(done):
+    if later and had_posterior(args.out, list(info['folders'].values())):
         raise UserError(f'{args.out} has had its posterior steps; they are not repeated')
     if later and not (args.posterior_steps or info['args'].get('posterior_steps')):
         raise UserError(f'--{min(later)} does nothing without --posterior_steps')

@@ -165,14 +165,11 @@ def was_interrupted(run, saved, kind, label):
 
 def done(run, kind, label):
     """Did an interrupted run finish this phase?"""
-    out, folders = (
-        run.args.out,
-        [run.folders[n] for n in ([label] if kind == 'class' else run.labels)],
-    )
-    if kind == 'pretrain' or not all(classes.finished(out, folder) for folder in folders):
-        return False
-    records = (files.read_object(os.path.join(out, f, 'class.json')) for f in folders)
-    return kind != 'posterior' or all('posterior_steps' in record for record in records)
+    out, folders = run.args.out, [run.folders[n] for n in run.labels]
+    if kind == 'posterior':
+        return classes.had_posterior(out, folders)
+    folders = [run.folders[label]] if kind == 'class' else folders
+    return kind != 'pretrain' and all(classes.finished(out, folder) for folder in folders)
 
 
 def build(run, kind):

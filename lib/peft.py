@@ -46,8 +46,7 @@ def save_peft(folder, model, base_name, index=None):
         if len(layers) < len(targets) * cfg.n_layer:  # not in every block: full names
             targets = list(layers)
         r = m.A.shape[-2]
-        alphas = {n: float(layer.scale) * r for n, layer in layers.items()}
-        alpha = next(iter(alphas.values()))
+        alpha, alphas = float(m.scale) * r, {n: float(x.scale) * r for n, x in layers.items()}
         config.update(peft_type='LORA', r=r, lora_alpha=alpha, lora_dropout=m.p, bias='none')
         config.update(alpha_pattern={n: a for n, a in alphas.items() if a != alpha})
         config.update(fan_in_fan_out=True, target_modules=targets)

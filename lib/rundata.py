@@ -121,10 +121,9 @@ def record(path, ds, saved=None, old=None, init=None):
         check(path, stored(path)[0], ds, 'start a new run with another --out')
     else:
         texts = text_hashes(ds.train.texts)
-        if old and stored(path)[0]:  # its other classes were trained on these
-            texts = np.append(texts, stored(path)[1])
-        if init and stored(init)[0]:
-            texts = np.append(texts, stored(init)[1])
+        for before in (old and path, init):  # its other classes; the run that it goes on from
+            theirs = stored(before)[1] if before else None
+            texts = texts if theirs is None else np.append(texts, theirs)
         head = np.array([int(x, 16) for x in split.values()], '<u8')
         content = np.concatenate([head, np.unique(texts)]).astype('<u8').tobytes()
         files.write_atomic(os.path.join(path, 'train_texts.bin'), content)

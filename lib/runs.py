@@ -99,9 +99,9 @@ def prepare(model, how):
     if how.dtype == torch.int8:
         return place(model.requires_grad_(False), how.device, torch.float32).eval()
     folds = not how.plain and fast.folds(how.device, how.dtype)  # speed_up merges as it packs
-    if not model.classes and not folds and not shipped.edited(model.h):
-        if not selfcheck.check_merge(model):
-            lora.merge(model)
+    stays = model.classes or folds or shipped.edited(model.h)
+    if not (stays or selfcheck.check_merge(model)):
+        lora.merge(model)
     place(model.requires_grad_(False), how.device, how.dtype)
     if not how.plain:
         fast.speed_up(model, how.device, how.dtype)

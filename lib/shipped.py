@@ -29,25 +29,34 @@ SKIPPED = tokenize.COMMENT, tokenize.NL
 MARKS = {tokenize.NEWLINE: '\n', tokenize.INDENT: '{', tokenize.DEDENT: '}'}
 
 
-def edited(module, methods=None, made=False, but=()):
-    """Names of what is not the known code, as 'Block.forward': `forward` of all modules inside (but
-    those of some classes), and parameters that an edit added to them, with made also `__init__`;
-    or with methods, a GPT's methods of these names."""
-    inside = [module] if methods else [m for m in module.modules() if not isinstance(m, but)]
-    names = methods or ['forward', '__init__'][: 1 + made]
-    pairs = {(type(m), name) for m in inside for name in names}
-    functions = {f'{owner.__qualname__}.{name}': getattr(owner, name) for owner, name in pairs}
-    found = {n for n, f in functions.items() if not of_torch(f) and code(f) != known().get(n)}
+def edited(*modules, made=False, but=()):
+    """Names of what is not the known code in these modules, as 'Block.forward': `forward` of all
+    modules inside (but those of some classes), and parameters that an edit added to them; with made
+    also `__init__`."""
+    inside = {m for module in modules for m in module.modules() if not isinstance(m, but)}
+    names = ['forward', '__init__'] if made else ['forward']
+    found = set(unknown((type(m), name) for m in inside for name in names))
     for m in inside:
         if type(m) in PARAMETERS:
             found |= {f'{type(m).__name__}.{n}' for n in m._parameters.keys() - PARAMETERS[type(m)]}
     return sorted(found)
 
 
+def edited_methods(model, names):
+    """The same of a GPT's methods of these names."""
+    return unknown((type(model), name) for name in names)
+
+
+def unknown(pairs):
+    """Pairs of a class and the name of a function -> names of the functions that are not known."""
+    functions = {f'{owner.__qualname__}.{name}': getattr(owner, name) for owner, name in pairs}
+    return sorted(n for n, f in functions.items() if not of_torch(f) and code(f) != known().get(n))
+
+
 def no_gpt2(model, but=()):
     """The same of a whole GPT, for what reads its weights as those of GPT-2 and LoRA."""
     methods = CLASSIFY if model.num_labels else LOGPROB
-    return sorted({*edited(model, made=True, but=but), *edited(model, methods)})
+    return sorted({*edited(model, made=True, but=but), *edited_methods(model, methods)})
 
 
 def of_torch(function):

@@ -84,9 +84,9 @@ def torchrun(n, name, *argv, wait=True):
     return p if not wait else (lambda said: (p.returncode, *said))(p.communicate(timeout=180))
 
 
-def close_runs(a, b, weights=1e-5):
+def close_runs(a, b, weights=1e-5, stray=0):
     """The losses and validation figures of two runs agree to 1e-5, half of their saved weights to
-    1e-6 and all to `weights` of the largest."""
+    1e-6 and all to `weights` of the largest; `stray` numbers of a tensor to ten times that."""
     others = ('_per_s', 'lr', 'pad_share')
     assert len(records(a)) == len(records(b))
     for x, y in zip(records(a), records(b)):
@@ -101,7 +101,8 @@ def close_runs(a, b, weights=1e-5):
         for n in x:
             largest = max(1, float(x[n].abs().max()))
             away = (x[n] - y[n]).abs() / largest
-            assert away.max() < weights and away.median() < 1e-6, (path, n, away.max())
+            assert away.median() < 1e-6 and away.max() < 10 * weights, (path, n, away.max())
+            assert (away >= weights).sum() <= stray, (path, n, away.max())
 
 
 def test_distributed_classifier():
@@ -140,7 +141,8 @@ def test_distributed_generative():
     out = os.path.join(tmp(), 'run')
     code, text, err = torchrun(2, 'train_gen.py', *flags, '--out', out)
     assert code == 0, err
-    close_runs(one, out, weights=1e-3)  # Adam's first steps blow up what differs in tiny gradients
+    # Adam's first steps blow up what differs in tiny gradients
+    close_runs(one, out, weights=1e-4, stray=1)
     a, b = (read_json(os.path.join(folder, 'eval_results.json')) for folder in (one, out))
     assert abs(a['nll'] - b['nll']) < 1e-4 and a['accuracy'] == b['accuracy']
 

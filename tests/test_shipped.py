@@ -56,13 +56,13 @@ def test_what_counts_as_an_edit():
     assert shipped.code(first) == shipped.code(other) != shipped.code(Block.forward)
     assert not shipped.code(wrapper) and not shipped.code(len)
     small = GPT(SMALL, 2)
-    assert not shipped.edited(small.h) and not shipped.edited(small, shipped.CLASSIFY)
+    assert not shipped.edited(small.h) and not shipped.edited_methods(small, shipped.CLASSIFY)
     for function in (other, wrapper, lambda self, x: x):
         with patched(Block, 'forward', function):
             assert shipped.edited(small.h) == ['Block.forward']
             assert not shipped.edited(small.h[0].attn)
     with patched(GPT, 'pool', lambda self, x, lengths: x[:, 0]):
-        assert shipped.edited(small, shipped.CLASSIFY) == ['GPT.pool']
+        assert shipped.edited_methods(small, shipped.CLASSIFY) == ['GPT.pool']
     small.h[0].mlp = torch.nn.Sequential(torch.nn.Linear(4, 4), Own())
     small.h[1].gate = torch.nn.Parameter(torch.ones(1))
     assert shipped.edited(small.h) == ['Block.gate', 'Own.forward']
@@ -182,12 +182,13 @@ def test_an_edited_lora_is_not_merged():
         assert layers()
 
 
+class PerLayer(lora.LoRA):
+    def __init__(self, base, r, scale, *rest):
+        super().__init__(base, r, scale * base.weight.shape[0] / 32, *rest)
+
+
 def test_a_scale_of_lora_per_layer_is_saved():
     """As README.md says of the scale in `add_lora`; and one that trains."""
-
-    class PerLayer(lora.LoRA):
-        def __init__(self, base, r, scale, *rest):
-            super().__init__(base, r, scale * base.weight.shape[0] / 32, *rest)
 
     class Trained(lora.LoRA):
         def __init__(self, base, r, scale, *rest):
@@ -207,10 +208,6 @@ def test_a_scale_of_lora_per_layer_is_saved():
 
 def test_a_scale_of_lora_per_layer_opens_in_peft():
     AutoPeft = hugging_face('AutoPeftModelForSequenceClassification')
-
-    class PerLayer(lora.LoRA):
-        def __init__(self, base, r, scale, *rest):
-            super().__init__(base, r, scale * base.weight.shape[0] / 32, *rest)
 
     with patched(lora, 'LoRA', PerLayer):
         out, _ = train(*TINY, *'--lora --dtype fp32 --lr 1e-2 --epochs 3'.split())
