@@ -78,7 +78,7 @@ class Rows:
 
     def gather(self, x):
         """(B, T, C) -> (n, C)"""
-        return x.flatten(0, 1)[self.index]
+        return x.flatten(0, 1).index_select(0, self.index)  # its backward is fast
 
 
 class FastAttention:
@@ -108,25 +108,29 @@ class FastAttention:
         y = rows.gather(y) if rows and last is None else y
         return self.attn.resid_drop(self.c_proj(y))
 
-    def taped(self, x, tape):  # (B, T, C) -> the same
-        qkv = self.c_attn.taped(x, tape, own=True).to(wide(x.dtype))
-        q, k, v = qkv.view(*x.shape[:2], 3, self.attn.n_head, -1).unbind(2)
+    def taped(self, x, tape):  # (B, T, C), or (n, C) without pads -> the same
+        qkv, pads = self.c_attn.taped(x, tape, own=True).to(wide(x.dtype)), tape.rows
+        qkv = pads.spread(qkv) if pads else qkv
+        q, k, v = qkv.view(*qkv.shape[:2], 3, self.attn.n_head, -1).unbind(2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, C/H)
         y, logsumexp = getattr(torch.ops.aten, FLASH)(q, k, v, 0.0, True)
         tape += q, k, v, y, logsumexp
-        rows = y.transpose(1, 2).reshape(x.shape).to(x.dtype)
-        return self.c_proj.taped(rows, tape, own=rows.dtype != y.dtype)  # a cast copies
+        rows = y.transpose(1, 2).reshape(*qkv.shape[:2], -1)
+        rows = (pads.gather(rows) if pads else rows).to(x.dtype)
+        copied = pads or rows.dtype != y.dtype
+        return self.c_proj.taped(rows, tape, own=copied)
 
     def vjp(self, g, tape, need):
         g, *last = self.c_proj.vjp(g, tape, True)
-        kept, dtype = tape.take(5), g.dtype
+        kept, dtype, pads = tape.take(5), g.dtype, tape.rows
         B, H, T, D = kept[0].shape
-        g = g.to(wide(dtype)).view(B, T, H, D).transpose(1, 2)
+        g = (pads.spread(g) if pads else g).to(wide(dtype)).view(B, T, H, D).transpose(1, 2)
         grads = getattr(torch.ops.aten, FLASH + '_backward')(g, *kept, 0.0, True)
         d = torch.empty(B, T, 3, H, D, dtype=dtype)
         for i, grad in enumerate(grads):  # of q, k, v: rounded on the way to their place
             d[:, :, i] = grad.transpose(1, 2)
-        dx, *first = self.c_attn.vjp(d.view(B, T, -1), tape, need)
+        d = d.view(B, T, -1)
+        dx, *first = self.c_attn.vjp(pads.gather(d) if pads else d, tape, need)
         return dx, *first, *last
 
 
@@ -173,7 +177,7 @@ class FastBlock:
         if last is None and self.one_node and torch.is_grad_enabled() and not self.drops():
             weights = [w for layer in self.layers for w in layer.weights]
             if x.requires_grad or weights:
-                return Taped.apply(x, self, *weights)
+                return Taped.apply(x, self, rows, *weights)
         block = self.block
         h = adapted(block.attn, self.attn(block.ln_1(x), last, rows))
         if last is not None:

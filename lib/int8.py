@@ -19,7 +19,7 @@ import torch
 from lib import fast, ranks
 from lib.blocks import FastBlock, fast_forward
 from lib.files import UserError
-from lib.matrices import Packed32, Unpacked
+from lib.matrices import Unpacked, gelu_
 from lib.packed import FastConv1D, FastLoRA
 from lib.report import counted
 from lib.tensors import give_back
@@ -48,7 +48,7 @@ class Int8:
 
     dtype = torch.float32  # of what product() reads and returns
     low = None  # the lowest value that its input can have, if that is known
-    formula, slope = Unpacked, False
+    formula, slope, gelu = Unpacked, False, staticmethod(gelu_)
     joins = False  # the updates of K classes cannot share the scale of a row with W
 
     def __init__(self, W, bias=None, backward=False):
@@ -83,10 +83,6 @@ class Int8:
         q = rows * inverse  # two passes: addcmul takes longer with a factor per row
         q = q.add_(shift) if torch.is_tensor(shift) or shift else q
         return q.round_().to(dtype), steps
-
-    @staticmethod
-    def gelu(x):
-        return Packed32.gelu(x)
 
 
 class AfterGELU(Int8):

@@ -90,6 +90,17 @@ def test_speed_up_computes_the_same():
             assert list(b.state_dict()) == list(a.state_dict())
 
 
+def counting(name, widths):
+    """Inside, the number of tokens that a method of FastMLP reads is appended to widths."""
+    before = getattr(FastMLP, name)
+
+    def method(self, x, *tape):
+        widths.append(x[..., 0].numel())
+        return before(self, x, *tape)
+
+    return patched(FastMLP, name, method)
+
+
 def test_evaluation_computes_no_pads():
     """Logits of a padded batch without gradients, of every method: those of the plain model, though
     only real tokens reach the MLPs, and of the last block one per text."""
@@ -98,15 +109,23 @@ def test_evaluation_computes_no_pads():
         for method, options in METHODS.items():
             a, b = (ready(method, dtype, fast, 0, **options)[0].eval() for fast in (False, True))
             widths, real = [], n.sum() + len(n) * (0 if b.prompt is None else len(b.prompt))
-
-            def counted(self, x, before=FastMLP.__call__, widths=widths):
-                widths.append(x[..., 0].numel())
-                return before(self, x)
-
-            with torch.no_grad(), autocast(CPU, dtype), patched(FastMLP, '__call__', counted):
+            with torch.no_grad(), autocast(CPU, dtype), counting('__call__', widths):
                 want, got = a.classify(ids, n).float(), b.classify(ids, n).float()
             assert far(got, want) < limit, (method, dtype, far(got, want))
             assert widths == [*[real] * (len(b.h) - 1), len(n)], (method, widths, real)
+
+
+def test_training_computes_no_pads():
+    """Blocks that are one node of autograd, and others: their products read real tokens alone, and
+    of the last block one per text. (That values and gradients are right is another test.)"""
+    ids, n = ragged(257)
+    for method, dropout in (('lora', 0.0), ('lora', 0.1), ('full', 0.0)):
+        model = ready(method, torch.float32, True, 0, **METHODS[method])[0]
+        model.set_dropout(dropout)
+        widths = []
+        with counting('taped', widths), counting('__call__', widths):
+            model.classify(ids, n).sum().backward()
+        assert widths == [*[n.sum()] * (len(model.h) - 1), len(n)], (method, dropout, widths)
 
 
 EDITS = {
