@@ -253,13 +253,17 @@ def parse(argv):
 def check(args):
     """Refuse flags that would do nothing or do not fit. Sets what no flag gave."""
     positions = SHAPES[args.model].block_size
-    if args.length and args.task not in (*METHODS, 'eval'):
-        raise UserError(f'--length does nothing with --task {args.task}')
+    tasks = dict(length=(*METHODS, 'eval'), rows=ROWS, steps=METHODS, extra=METHODS)
+    tasks.update(top=('gen',), split=('eval', 'predict'))
+    for flag in sorted(args.given & tasks.keys()):
+        if args.task not in tasks[flag]:
+            fits = ', '.join(tasks[flag])
+            raise UserError(f'--{flag} does nothing with --task {args.task}: it is for {fits}')
+    for flag in sorted(args.given & {'hf', 'hf_dtype'}):
+        if not {'hf', 'all'} & {*args.against}:
+            raise UserError(f'--{flag} does nothing without --against hf')
     if args.length and args.length > positions:
         raise UserError(f'--length {args.length} does not fit: the model has {positions} positions')
-    if args.rows and args.task not in ROWS:
-        way_out = '; --steps sets how many rows are read' if args.task in METHODS else ''
-        raise UserError(f'--rows does nothing with --task {args.task}{way_out}')
     free = {'repeats', 'minutes', 'quick'} & args.given == {'repeats'}  # as asked
     args.seconds = math.inf if free else 60 * (args.minutes or (3 if args.quick else 15))
     args.fits = not {'rows', 'steps'} & args.given and args.seconds < math.inf

@@ -83,14 +83,14 @@ def check(args, given):
         raise UserError('--preds and --labels go together: a file of predictions, one of labels')
     for flag in (*LOADING, *SCORING, 'mean'):
         if args.preds and flag in given:
-            raise UserError(
-                f'--{flag} has no meaning with --preds, which loads no data and no model: remove it'
-            )
+            raise UserError(f'--{flag} has no meaning with --preds, which loads nothing: remove it')
     for flag in ('val', *READING):
         if flag in given and not (args.data or args.test and flag != 'val'):
             raise UserError(f"--{flag} needs --data: the run's own data is read with its own flags")
+    if args.allow_seen and len(args.run) < 2:
+        raise UserError('--allow_seen is for runs that are compared: name several')
     if args.test and not args.data and 'split' in given:
-        raise UserError('--split has no meaning with --test alone, which scores every row')
+        raise UserError('--split has no meaning with --test alone, which scores all rows')
     if args.html and (len(args.run) != 1 or args.windows):
         raise UserError('--html writes the page of one run, which explains no --windows: name one')
     if args.plot:

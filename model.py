@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.n_head = cfg.n_head
         self.c_attn = Conv1D(cfg.n_embd, 3 * cfg.n_embd)  # queries, keys, values
         self.c_proj = Conv1D(cfg.n_embd, cfg.n_embd)
-        self.attn_drop, self.resid_drop = nn.Dropout(0.0), nn.Dropout(0.0)  # GPT.set_dropout
+        self.attn_drop, self.resid_drop = nn.Dropout(0.0), nn.Dropout(0.0)  # see GPT.set_dropout
 
     def forward(self, x):  # (B, T, C) -> (B, T, C)
         B, T, C = x.shape
@@ -160,7 +160,7 @@ class GPT(nn.Module):
 
     def pool(self, x, lengths):
         """x (B, T, C), lengths (B,) -> the state of each text that the head reads (B, C), found by
-        length, never by id: so the logits do not depend on the padding (but with 'pad')."""
+        length, never by id: so the logits do not depend on the padding (except with 'pad')."""
         if self.pooling == 'first':  # under a causal mask it has seen one token
             return x[:, 0]
         if self.pooling == 'pad':  # the last position, a pad in all but the longest texts
@@ -206,15 +206,18 @@ class GPT(nn.Module):
             return self.next_logprobs(h, target, scored).view(self.classes, B, T + 1)
         return self.next_logprobs(h, target, scored)
 
+    def next_logits(self, h):
+        """h (M, C) final states -> logits of the next token (M, V), in float32, because GPT-2's are
+        near -100, where bfloat16 numbers are 0.5 apart."""
+        return F.linear(h.float(), self.wte.weight.float())
+
     def next_logprobs(self, h, target, scored):
         """h (B, T, C) final states, target (B, T) int64, scored (B, T) bool -> log p(target)
-        (B, T) float32, 0 where not scored. In float32, because GPT-2's logits are near -100, where
-        bfloat16 numbers are 0.5 apart; in pieces that backward recomputes, so that (B, T, V) is
+        (B, T) float32, 0 where not scored. In pieces that backward recomputes, so that (B, T, V) is
         never held."""
 
         def logprob(h, target):  # (M, C), (M,) -> (M,)
-            logits = F.linear(h.float(), self.wte.weight.float())  # (M, V)
-            return -F.cross_entropy(logits, target, reduction='none')
+            return -F.cross_entropy(self.next_logits(h), target, reduction='none')
 
         pieces = zip(h[scored].split(PIECE), target[scored].split(PIECE))
         with torch.autocast(h.device.type, enabled=False):
@@ -263,7 +266,8 @@ class GPT(nn.Module):
         cfg = Config(**checkpoints.read_config(folder, tensors, where, SHAPES))
         with torch.device('meta'):
             model = cls(cfg, num_labels)
-        named = dict([*model.named_parameters(), *model.named_buffers()])
+        every = dict(remove_duplicate=False)  # an edit may use a block twice
+        named = {**dict(model.named_parameters(**every)), **dict(model.named_buffers(**every))}
         if new_head and 'score.weight' in named:  # not in a head of an edit
             tensors['score.weight'] = torch.empty(num_labels, cfg.n_embd).normal_(0.0, 0.02)
         may_lack = named if new_head else dict(model.named_buffers())  # of what an edit added
@@ -271,7 +275,7 @@ class GPT(nn.Module):
         shapes = {n: t.shape for n, t in named.items() if n not in added}
         check_tensors(tensors, shapes, f'{folder} does not hold a GPT-2 of {cfg}')
         tensors = {n: t.float() for n, t in tensors.items()}
-        if added:
+        if added or checkpoints.has_plain_tensors(model):
             model = cls(cfg, num_labels).init_weights(only=added)
             tensors.update({n: t for n, t in model.state_dict().items() if n in added})
         model.load_state_dict(tensors, strict=True, assign=True)

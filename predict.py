@@ -95,6 +95,10 @@ def check(args, given):
     for text in filter(os.path.isfile, args.text):
         advice = 'classify its rows with --file, or pipe the text into predict.py'
         raise UserError(f'{text} is the name of a file, not a text: {advice}')
+    kind = os.path.splitext(args.out or '')[1].lower()
+    if kind in ('.gz', '.json') or kind == '.jsonl' and not args.json:
+        writes = 'lines of JSON into a .jsonl, with --json' if kind[:5] == '.json' else 'no .gz'
+        raise UserError(f'--out {args.out}: predict.py writes {writes}; give it another ending')
     table = args.out and Table.of(args.out)
     if table and (args.json or args.explain and not args.html):
         flag = '--json' if args.json else '--explain'

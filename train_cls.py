@@ -96,7 +96,8 @@ def load(args, given, resumed):
         positions = f'the model has {model.cfg.block_size} positions{taken}'
         raise UserError(f'--max_length {args.max_length} does not fit: {positions}')
     args.max_length = max(1, min(args.max_length, room))  # lora.add_prompt checks --prompt
-    model.set_dropout(args.trunk_dropout)
+    if args.trunk_dropout:
+        model.set_dropout(args.trunk_dropout)
     model.pooling, model.pad_to = args.pool, args.max_length
     return ds, model, tokenize(enc, ds.train.texts), tokenize(enc, ds.val.texts)
 
@@ -105,26 +106,24 @@ def main(argv=None):
     args, given, resumed = parse(argv)
     if args.seeds > 1 or args.folds and args.fold is None:
         return several_runs(main, args, given, argv)
-    check_graphs(args, device.pick_device(args.device, args.dtype)[0])  # before data are read
+    check_graphs(args)  # before data are read
     ds, model, train, val = load(args, given, resumed)
-    dev, dtype, reason = device.pick_device(args.device, args.dtype)  # the demo has a --dtype
+    dev, dtype, reason = device.pick_device(args.device, args.dtype)  # or the demo's
 
     # --- what trains ---
     original = model.state_dict()  # float32: frozen weights are saved as they were read
-    options = dict(r=args.r, alpha=args.alpha, dropout=args.dropout, targets=args.targets)
-    options.update(top=args.top, last=args.last, bottleneck=args.bottleneck, prompt=args.prompt)
-    wrapped = lora.adapt(model, args.method, **options)
+    wrapped = lora.adapt(model, args.method, **flags.of_adapt(args))
     start_from(model, args, ds)
     info = runfolder.begin(args, ds, model, original, resumed)
     facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method, args.pool)
     device.place(model, dev, dtype)
     if not args.plain:  # the same numbers, sooner: you may delete these lines
-        fast.speed_up(model, dev, dtype, train.flat, pack=not args.compile)
+        fast.speed_up(model, dev, dtype, pack=not args.compile)
     training.wrap_blocks(model, args)
     params, net = lora.trainables(model), ranks.wrap(model.train())
     opt = training.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
-    state = params, opt, scaler  # what resume.pt holds
+    state = params, opt, scaler  # what resume.pt holds; of more tensors the first may be a copy
 
     # --- the steps ---
     lengths = np.minimum(train.lengths, args.max_length)  # (N,) tokens that are read
@@ -138,7 +137,8 @@ def main(argv=None):
     print(f'{plan}{plan.hint(given)}, lr {args.lr:g}{summary.flags(args, changed)}', flush=True)
 
     def batch_of(index):
-        """Rows index (B,) of the training split -> arguments of loss_of."""
+        """Rows index (B,) of the training split -> arguments of loss_of. (Other splits, and new
+        texts, are read by lib/scoring.py.)"""
         width = GRAPH_WIDTH if graphs else 1  # T is a multiple of it
         ids, n = data.collate(train, index, args.max_length, args.keep, model.end, dev, width)
         batch = ids, n, data.to_device(torch.from_numpy(ds.train.y[index]), dev)

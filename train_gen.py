@@ -323,7 +323,8 @@ def finish(run):
     rows = counted(len(ds.test.y), 'row')
     print(f'\nvalidation accuracy {m["accuracy"]:.4f}; test ({args.data}, {rows}):')
     print(report(results, labels))
-    print(f'\n{summary.suggestions(args.out, ds.test.texts[0], labels[0])}')
+    label = None if args.direct else labels[0]
+    print(f'\n{summary.suggestions(args.out, ds.test.texts[0], label)}')
     return dict(out=args.out, val=info['results'], test=results)
 
 
@@ -332,10 +333,10 @@ def main(argv=None):
     args, given, saved = parse(argv)
     if args.seeds > 1:
         return several_runs(main, args, given, argv)
-    check_graphs(args, device.pick_device(args.device, args.dtype)[0])  # before data are read
+    check_graphs(args)  # before data are read
     genrun.recover(args.out)
     run = load(args, given, saved)
-    dev, dtype, reason = device.pick_device(args.device, args.dtype)  # the demo has a --dtype
+    dev, dtype, reason = device.pick_device(args.device, args.dtype)  # or the demo's
     run.given, run.dev, run.dtype = given, dev, dtype
     genrun.begin(run, saved)
     notes, place = genrun.notes(run), (dev, dtype, reason)

@@ -20,7 +20,8 @@ def build_model(args, num_labels=0):
     weights in the shape that the flags name."""
     torch.manual_seed(args.seed)
     if not args.scratch:
-        note_dropped_head(args)
+        if num_labels:
+            note_dropped_head(args)
         trains = args.method != 'zero_shot'
         return GPT.from_pretrained(args.model, num_labels, new_head=trains, data_dir=args.data_dir)
     if args.model not in SHAPES:

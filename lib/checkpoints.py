@@ -5,6 +5,8 @@ import hashlib
 import os
 import re
 
+import torch
+
 from lib import demo, download, files
 from lib.files import UserError
 from lib.report import counted
@@ -20,6 +22,12 @@ NAMES = re.compile(
     r'(ln_f|h\.\d+\.(ln_[12]|attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj))\.(weight|bias)'
 )
 SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
+
+
+def has_plain_tensors(model):
+    """Does a module have tensors that are neither parameters nor buffers, as an edit may make? They
+    must be computed, which the meta device does not do."""
+    return any(torch.is_tensor(value) for m in model.modules() for value in vars(m).values())
 
 
 def model_folder(where, data_dir=None):

@@ -1,5 +1,5 @@
 """Command lines: the parser, and running a script so that a user's mistake ends in one sentence.
-Called by every script, and by rooms that suggest a command."""
+Called by every script, and by modules that suggest a command."""
 
 import argparse
 import contextlib

@@ -11,24 +11,19 @@ import gc
 import sys
 from types import MethodType
 
-import numpy as np
-
 from lib import ranks, selfcheck, shipped
 from lib.blocks import FastBlock, Rows, fast_forward, has_hooks, make_block, make_layer
 from lib.matrices import packing
-from lib.rows import TrainedRows
 from lib.vocabulary import FastVocabulary
 from lora import LoRA
 from model import Conv1D
 
 
-def speed_up(model, device, dtype, token_ids=None, pack=True, matrix=None):
+def speed_up(model, device, dtype, pack=True, matrix=None):
     """Replace parts of a GPT that was adapted and placed by faster ones of the same values.
 
-    token_ids: ids of all the texts to train on; if wte trains, only their rows of it are trained
-    (lib/rows.py).  pack: False leaves the blocks plain, for torch.compile.  matrix: a class of
-    frozen matrices in place of the one for dtype (lib/int8.py).  Frozen weights must not be
-    changed afterwards."""
+    pack: False leaves the blocks plain, for torch.compile.  matrix: a class of frozen matrices in
+    place of the one for dtype (lib/int8.py).  Frozen weights must not be changed afterwards."""
     floats = packing(device, dtype) if pack else None
     matrix, checked, plain = matrix or floats, {}, {}  # plain: {what runs as written: why}
     for block in model.h if pack else ():
@@ -37,10 +32,9 @@ def speed_up(model, device, dtype, token_ids=None, pack=True, matrix=None):
                 if isinstance(layer, (Conv1D, LoRA)):
                     install(layer, make_layer, matrix, checked, plain)
 
-    def known(method, methods, *modules):
-        """Are the methods of GPT, and the modules, that a faster one of this name stands for those
-        that it knows?"""
-        found = shipped.edited_methods(model, methods) + shipped.edited(*modules)
+    def known(method, methods):
+        """Are the methods of GPT that a faster one of this name stands for the known ones?"""
+        found = shipped.edited_methods(model, methods)
         plain.update({method: as_written(found)} if found else {})
         return not found
 
@@ -50,12 +44,9 @@ def speed_up(model, device, dtype, token_ids=None, pack=True, matrix=None):
     if hasattr(model, 'score') and ends_fast and not model.classes:
         if known('GPT.classify', shipped.CLASSIFY):
             read_last(model)
-    if known('GPT.next_logprobs', ['next_logprobs']):
+    if known('GPT.next_logprobs', shipped.NEXT):
         packs = floats and not model.wte.weight.requires_grad
         model.next_logprobs = FastVocabulary(model, floats if packs else None)
-    if token_ids is not None and model.wte.weight.requires_grad:
-        if known('GPT.embed', shipped.CLASSIFY, model.wte):
-            TrainedRows(model.wte, np.append(token_ids, model.end))
     if device.type == 'cpu':
         keep_freed_memory()
     for why in dict.fromkeys(plain.values()) if ranks.rank() == 0 else ():

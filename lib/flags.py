@@ -213,9 +213,15 @@ def set_defaults(args):
     args.max_steps = args.max_steps or (STEPS_NANO[script] if nano else STEPS)
 
 
-def strange_flags(args, saved):
-    """-> names of the flags in `saved` (read from a file) of a type that the parsed flags `args`
-    cannot have."""
+def of_adapt(args):
+    """The flags that are arguments of lora.adapt."""
+    names = ('r', 'alpha', 'dropout', 'targets', 'top', 'last', 'bottleneck', 'prompt')
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+
+
+def check_saved(args, saved, path, advice):
+    """Raise UserError if a flag in `saved`, read from the file or run `path`, is of a type that the
+    parsed flags `args` cannot have."""
 
     def fits(name, value):
         mine = getattr(args, name, None)
@@ -226,7 +232,9 @@ def strange_flags(args, saved):
         kinds = (str, int, float) if mine is None else type(mine)
         return value is None or isinstance(value, (int, float) if kinds in (int, float) else kinds)
 
-    return [n for n, v in saved.items() if not fits(n, v)] if isinstance(saved, dict) else ['args']
+    flags = saved.items() if isinstance(saved, dict) else [('args', None)]
+    if strange := next((n for n, v in flags if n == 'args' or not fits(n, v)), None):
+        raise UserError(f'{path} is damaged: its flag --{strange} is malformed; {advice}')
 
 
 def resumed(args, given, saved):
@@ -236,9 +244,7 @@ def resumed(args, given, saved):
     if missing:
         text = f'was not started by this script and version (its flags lack --{missing[0]})'
         raise UserError(f'{args.out} {text}; resume with the one that did')
-    if strange := strange_flags(args, saved):
-        text = f'is damaged: its flag --{strange[0]} is malformed'
-        raise UserError(f'{args.out} {text}; start the run again')
+    check_saved(args, saved, args.out, 'start the run again')
     saved_as = {**saved, 'lora': saved['method'] == 'lora'}  # typed or not
     saved_as['targets'] = ','.join(saved['targets'] or ())
     for name in sorted(given - {'resume', 'out'}):

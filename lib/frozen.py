@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 import shutil
+import time
 from types import MethodType
 
 import numpy as np
@@ -24,16 +25,22 @@ from lib.versions import code_of
 
 VERSION = 2  # of the files; raise it when their content changes
 LIMIT = 8 * 2**30  # bytes of them in the cache: SST-2's are 1.3 GB, those of the head alone 0.2 GB
+OTHER_IDS = 'frozen blocks are cached, but a step reads other token ids than the cache: add --plain'
+DAY = 24 * 60 * 60  # seconds; a file that nobody has written to for so long is nobody's
 
 
 def frozen_depth(model):
     """Number of blocks, from the first, whose output for a text is the same in every step: nothing
     trains in them or below, and nothing is dropped."""
-    trains = (model.wte, model.wpe)
-    if model.prompt is not None or model.drop.p or any(map(has_trainables, trains)):
+    embeddings = model.wte, model.wpe
+    if model.prompt is not None or drops(model.drop) or any(map(has_trainables, embeddings)):
         return 0
-    trains = [has_trainables(block) for block in model.h]
-    return trains.index(True) if True in trains else len(model.h)
+    moving = [has_trainables(block) or drops(block) for block in model.h]
+    return moving.index(True) if True in moving else len(model.h)
+
+
+def drops(module):
+    return any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
 
 
 def has_trainables(module):
@@ -57,7 +64,7 @@ def cache(model, splits, max_length, keep, device, dtype):
             feed = Feed(model, depth, splits, where, fresh)
             if all(feed.agrees(model, *split, *where) for split in splits.items()):
                 return feed
-        print('  not used: the model reads more of a text than this, so the logits would change')
+        print('  not used: with it the logits would be others')
     except UserError as e:
         print(f'  not used: {e}')
     return None
@@ -71,22 +78,30 @@ class Feed:
         others = [p.requires_grad for n, p in model.named_parameters() if n[:6] != 'score.']
         head_only = not any(others) and not shipped.edited_methods(model, shipped.CLASSIFY)
         self.net = Head(model) if head_only else Tail(model, depth)
-        self.states = {
-            n: FrozenStates(self.net, model, t, *where, fresh) for n, t in splits.items()
-        }
+        self.states = {}
+        for name, tokens in splits.items():
+            own = [states.path for states in self.states.values()]
+            self.states[name] = FrozenStates(self.net, model, tokens, *where, fresh, own)
 
     @torch.no_grad()
     def agrees(self, model, name, tokens, max_length, keep, device, dtype):
-        """Are the logits of a few rows of a split those of the model, to rounding?"""
-        training = model.training
-        model.eval()
+        """Are the logits of a few rows of a split those of the model, to rounding, in evaluation
+        and in training?"""
+        training, same = model.training, True
         index = np.arange(min(8, len(tokens)))
         ids, n = data.collate(tokens, index, max_length, keep, model.end, device)
-        with autocast(device, dtype):
-            want, got = model(ids, n).float(), self.net(ids, n, self.states[name](index))
-        model.train(training)
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-        return bool((want - got.float()).abs().max() <= tolerance * want.abs().max())
+        for mode in (False, True):
+            model.train(mode)
+            found = []
+            for net, states in ((model, ()), (self.net, (self.states[name](index),))):
+                with torch.random.fork_rng(), autocast(device, dtype):
+                    torch.manual_seed(0)  # both drop the same
+                    found.append(net(ids, n, *states).float())
+            want, got = found
+            same &= bool((want - got).abs().max() <= tolerance * want.abs().max())
+        model.train(training)
+        return same
 
 
 class Head:
@@ -98,6 +113,7 @@ class Head:
         self.model = model
 
     def __call__(self, ids, lengths, states):
+        check_ids(states, ids)
         return self.model.score(states)
 
     def states_of(self, ids, lengths):
@@ -123,11 +139,20 @@ class Tail:
         self.front._modules['ln_f'] = nn.Identity()
 
     def __call__(self, ids, lengths, states):
+        check_ids(states, ids)
         self.tail.embed, self.tail.training = (lambda *_: states), self.model.training
         return self.tail(ids, lengths)
 
     def states_of(self, ids, lengths):
         return self.front.hidden(self.front.padded(ids))
+
+
+def check_ids(states, ids):
+    """Raise UserError if a step reads other ids than those that its states are of, or changed
+    them."""
+    of, version = getattr(states, 'of', (ids, ids._version))
+    if of is not ids or version != ids._version:
+        raise UserError(OTHER_IDS)
 
 
 def part(model, blocks):
@@ -142,14 +167,15 @@ def part(model, blocks):
 
 class FrozenStates:
     """states(index (B,), ids (B, T)) -> (B, T, C) float32, padded with zeros; or (B, C). Without
-    ids T is the number of tokens of the longest text. The ids are those that the states are of: an
-    edit of the script that changes them is told so at the first call.
+    ids T is the number of tokens of the longest text. The ids are those that the states are of; an
+    edit of the script that changes them is told so.
 
     They are in a file of the cache, in the compute precision ((B, C) in float32),
     memory-mapped; a GPU with room for them holds a copy. The file is named after all that they
     depend on, so the next run over the same finds it."""
 
-    def __init__(self, net, model, tokens, max_length, keep, device, dtype, fresh):
+    def __init__(self, net, model, tokens, max_length, keep, device, dtype, fresh, own=()):
+        """own: files of the cache that this run needs as well."""
         lengths = np.minimum(tokens.lengths, max_length)
         self.pooled, self.device = net.pooled, device
         self.tokens, self.cut, self.compared = tokens, (max_length, keep, model.end), False
@@ -162,7 +188,7 @@ class FrozenStates:
         n, C = int(self.rows.sum()), model.cfg.n_embd
         size = n * C * kind.itemsize
         settings = (max_length, keep, net.pooled, kind, dtype, device.type, model.pooling)
-        path = files.cached(f'frozen/{key_of(model, tokens, settings)}.bin')
+        path = self.path = files.cached(f'frozen/{key_of(model, tokens, settings)}.bin')
 
         def compute(f):
             def write(ids, lengths, index):
@@ -175,7 +201,7 @@ class FrozenStates:
             in_batches(write, model, tokens, max_length, keep, device, dtype, progress=True)
 
         if fresh or not has_size(path, size):
-            make_room(os.path.dirname(path), size)
+            make_room(os.path.dirname(path), size, own)
             files.write_atomic(path, compute, every_rank=True)
         with contextlib.suppress(OSError):  # a cache that is only read
             os.utime(path)  # the most recently used
@@ -190,10 +216,18 @@ class FrozenStates:
             self.flat[:n].copy_(mapped)
 
     def __call__(self, index, ids=None):
+        if ids is None:
+            return self.read(index, 0)
+        if self.device.type == 'cpu' and not self.compared:  # a GPU would be waited for
+            want, self.compared = data.collate(self.tokens, index, *self.cut)[0], True
+            if not torch.equal(want, ids[:, : want.shape[1]]):
+                raise UserError(OTHER_IDS)
+        states = self.read(index, ids.shape[1])
+        states.of = ids, ids._version  # for check_ids
+        return states
+
+    def read(self, index, width):
         starts, rows = self.starts[index], self.rows[index]
-        width = 0 if ids is None else ids.shape[1]
-        if width and self.device.type == 'cpu' and not self.compared:  # a GPU would be waited for
-            self.compare(index, ids)
         if self.on_gpu:  # only positions are copied
             t = np.arange(max(width, rows.max()))
             place = np.where(t < rows[:, None], starts[:, None] + t, len(self.flat) - 1)  # (B, T)
@@ -204,12 +238,6 @@ class FrozenStates:
             return data.to_device(torch.cat(parts), self.device)
         x = nn.utils.rnn.pad_sequence(parts, batch_first=True).float()
         return data.to_device(F.pad(x, (0, 0, 0, max(0, width - x.shape[1]))), self.device)
-
-    def compare(self, index, ids):
-        want, self.compared = data.collate(self.tokens, index, *self.cut)[0], True
-        if not torch.equal(want, ids[:, : want.shape[1]]):
-            problem = 'frozen blocks are cached, but batch_of gives other token ids than the cache'
-            raise UserError(f'{problem} has: add --plain')
 
 
 def fits(device, size):
@@ -224,20 +252,21 @@ def has_size(path, size):
         return False
 
 
-def make_room(folder, size):
-    """Evict the least recently used files of a cache folder until `size` bytes more are within
-    LIMIT. Raises UserError if the disk has less than twice the room."""
+def make_room(folder, size, own=()):
+    """Evict the least recently used files of a cache folder, but those of this run (own), until
+    `size` bytes more are within LIMIT or no other is left; and what a killed run was writing.
+    Raises UserError if the disk has less than twice the room."""
     files.make_folder(folder)
     with files.locked(folder):
-        paths = [os.path.join(folder, name) for name in os.listdir(folder) if name.endswith('.bin')]
         known = []
-        for path in paths:
+        for path in [os.path.join(folder, name) for name in os.listdir(folder)]:
             with contextlib.suppress(FileNotFoundError):  # another run has removed it
                 stat = os.stat(path)
-                known.append((stat.st_mtime_ns, stat.st_size, path))
+                known.append((stat.st_mtime, stat.st_size, path))
         used = sum(taken for _, taken, _ in known)
-        for _, taken, path in sorted(known):
-            if used + size > LIMIT:
+        for last_used, taken, path in sorted(known):
+            abandoned = path.endswith('.tmp') and time.time() - last_used > DAY
+            if abandoned or used + size > LIMIT and path.endswith('.bin') and path not in own:
                 with contextlib.suppress(FileNotFoundError):
                     os.remove(path)
                 used -= taken

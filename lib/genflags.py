@@ -1,13 +1,10 @@
 """Flags of train_gen.py: which need which, and those that come from a run that exists (--resume,
 and --class_id with its --out). Called by train_gen.py."""
 
-import glob
-import os
-
 from lib import flags, runfolder
 from lib.classes import had_posterior
 from lib.files import UserError
-from lib.resume import load_resume
+from lib.resume import interrupted_in, load_resume
 
 POSTERIOR = ('posterior_steps', 'likelihood_share', 'posterior_lr')
 ALIKE = ('model', 'scratch', 'n_layer', 'n_head', 'n_embd', 'block_size', 'max_length', 'keep')
@@ -27,7 +24,9 @@ def needs(args):
     found['select'] = (text, args.prefix or args.posterior_steps)
     found['prior'] = ('classes', args.method != 'pretrain')
     training_flags = 'max_steps epochs batch_size batch_tokens grad_accum lr weight_decay warmup '
-    training_flags += 'schedule clip trunk_dropout patience eval_every compile cuda_graphs '
+    training_flags += (
+        'schedule clip trunk_dropout patience eval_every log_every compile cuda_graphs '
+    )
     training_flags += 'gradient_checkpointing'
     text = 'training, and --zero_shot has none'
     found.update(dict.fromkeys(training_flags.split(), (text, trains)))
@@ -39,11 +38,7 @@ def resume(args, given):
     classes or its final test."""
     if not args.out:
         raise UserError('--resume needs --out, the folder of the run to resume')
-    inside = glob.escape(args.out)
-    states = glob.glob(os.path.join(inside, '*.part', 'resume.pt'))
-    states += glob.glob(os.path.join(inside, 'resume.pt'))
-    if states:  # several if classes were trained by processes of their own: the first
-        work = os.path.dirname(min(states))
+    if work := interrupted_in(args.out):
         saved = load_resume(work)
         return flags.resumed(args, given, saved['args']), set(), {**saved, 'work': work}
     info = runfolder.read_run(args.out)
@@ -74,10 +69,7 @@ def inherit(args, given):
         method = f'{args.out} was trained with --{info["method"]}'
         raise UserError(f'--{args.method}: {method}; its classes must be alike')
     old = info.get('pending', info['args'])
-    strange = flags.strange_flags(args, old)
-    if strange:
-        problem = f'is damaged: its flag --{strange[0]} is malformed'
-        raise UserError(f'{args.out}/run.json {problem}; restore the file, or train again')
+    flags.check_saved(args, old, f'{args.out}/run.json', 'restore the file, or train again')
     for name, value in old.items():
         if name in ('class_id', 'resume', 'out', 'posterior_steps', 'posterior_lr'):
             continue

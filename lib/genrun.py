@@ -15,6 +15,7 @@ from lib import (
     device,
     fast,
     files,
+    flags,
     peft,
     ranks,
     rundata,
@@ -39,8 +40,7 @@ def base_model(args):
     stored, record = (os.path.join(args.out or '', name) for name in ('base', 'run.json'))
     if args.method == 'lora' and args.out and os.path.isdir(args.out):
         with files.locked(args.out):  # the process of another class may be writing it
-            complete = os.path.isfile(os.path.join(stored, 'config.json'))  # written last
-            if complete or os.path.isdir(stored) and os.path.isfile(record):
+            if os.path.isfile(record) and os.path.isdir(stored):  # begin() wrote both
                 torch.manual_seed(args.seed)
                 return GPT.from_pretrained(stored, new_head=True)
     return base.build_model(args)
@@ -74,7 +74,7 @@ def begin(run, saved):
     run.phases = plan_phases(run, saved)
     with torch.device('meta'):  # checks --targets before the run has a folder
         outline = GPT(run.cfg)
-        lora.adapt(outline, args.method, **lora_options(args))
+        lora.adapt(outline, args.method, **flags.of_adapt(args))
     if args.posterior_steps and args.method == 'lora' and (more := peft.extras(outline)):
         problem = f'each class trains its own {next(iter(more))}, added by an edit'
         raise UserError(f'{problem}, so --posterior_steps cannot hold all classes in one model')
@@ -101,11 +101,6 @@ def begin(run, saved):
     if 'base' not in old and not args.pretrain:  # there save_weights does, so that it has weights
         files.write_json(os.path.join(args.out, 'run.json'), info)
     run.info = info
-
-
-def lora_options(args):
-    """The flags of LoRA as arguments of lora.adapt."""
-    return {name: getattr(args, name) for name in ('r', 'alpha', 'dropout', 'targets', 'top')}
 
 
 def notes(run):
@@ -188,12 +183,13 @@ def build(run, kind):
         folders = [os.path.join(args.out, run.folders[label]) for label in labels]
         peft.load_peft(folders, model, classes=len(labels))
     else:
-        wrapped = lora.adapt(model, args.method, **lora_options(args))
+        wrapped = lora.adapt(model, args.method, **flags.of_adapt(args))
         if args.prefix:  # the vectors start as the mean embeddings of the labels
             lora.add_prompt(model, 1, classes=len(labels))
             rows = [model.wte.weight.detach()[run.enc.encode_ordinary(label)] for label in labels]
             model.prompt.data = torch.stack([row.mean(0, keepdim=True) for row in rows])
-    model.set_dropout(args.trunk_dropout)
+    if args.trunk_dropout:
+        model.set_dropout(args.trunk_dropout)
     trained, total = lora.count(model)
     run.info['parameters'] = dict(trainable=trained, total=total)
     lines = lora.describe(model, wrapped) + runfolder.notes(model, args.method)

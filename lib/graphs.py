@@ -3,13 +3,16 @@
 import torch
 
 from lib import ranks
+from lib.device import pick_device
 from lib.files import UserError
 
 GRAPH_WIDTH = 8  # tokens; recorded batches are as wide as a multiple of it: fewer shapes to record
 
 
-def check_graphs(args, device):
-    """Raise UserError if --cuda_graphs is asked for and not possible."""
+def check_graphs(args):
+    """Raise UserError if there is no such --device, or --cuda_graphs is asked for and not
+    possible."""
+    device = pick_device(args.device, args.dtype)[0]
     if args.cuda_graphs and device.type != 'cuda':
         raise UserError(f'--cuda_graphs needs a GPU, but this run is on {device}')
     others = {

@@ -28,9 +28,7 @@ def inherit(args, given):
         raise UserError(f'--init {path} needs --data: the rows to train on')
     for name in given & {*OTHER}:
         raise UserError(f'--{name} cannot be combined with --init, which goes on with a model')
-    if strange := flags.strange_flags(args, old):
-        problem = f'is damaged: its flag --{strange[0]} is malformed'
-        raise UserError(f'{path}/run.json {problem}; restore the file, or train again')
+    flags.check_saved(args, old, f'{path}/run.json', 'restore the file, or train again')
     if given & {*METHODS} and args.method != method:
         why = f'{path} was trained with --{method}; leave the flag out, or use --model'
         raise UserError(f'--{args.method}: {why}')

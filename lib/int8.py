@@ -6,7 +6,7 @@ inputs of a product are rounded as they come, with a scale per row (token). Embe
 LayerNorm, GELU, adapters and heads stay in float32, as do LoRA updates of several classes.
 
 The kernel is oneDNN's, through torch.ops.onednn.qlinear_pointwise, which torch.compile emits for
-quantized linear layers, so that its name and arguments are kept from version to version. It is as
+quantized linear layers, so its name and arguments are likely to stay. It is as
 fast as torch.ops.quantized.linear_dynamic or faster, and needs none of the quantized tensors that
 torch has deprecated; torch._int_mm packs the weights in every call. The kernel has one scale for
 all rows. So rows are rounded here, it multiplies by the channels' scales, and the rows' follow."""
@@ -197,11 +197,12 @@ def attach(model, device):
         if isinstance(last, FastLoRA):
             last.base.matrix = AfterGELU
     modules = [m for block in model.h for m in block.modules()]
-    return sum(map(in_int8, modules)), sum(isinstance(m, Conv1D) for m in modules)
+    return len(set(map(id, in_int8(modules)))), sum(isinstance(m, Conv1D) for m in modules)
 
 
-def in_int8(module):
-    """Number of products in int8 that speed_up put into the place of a module's forward."""
-    quick = fast_forward(module)
-    layers = quick.layers if isinstance(quick, FastBlock) else [quick]
-    return sum(isinstance(layer, (FastConv1D, FastLoRA)) for layer in layers)
+def in_int8(modules):
+    """Yield the Conv1D of each product in int8 that speed_up put into the place of a forward."""
+    for quick in map(fast_forward, modules):
+        for layer in quick.layers if isinstance(quick, FastBlock) else [quick]:
+            if isinstance(layer, (FastConv1D, FastLoRA)):
+                yield layer.conv if isinstance(layer, FastConv1D) else layer.lora.base

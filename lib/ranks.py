@@ -1,5 +1,5 @@
 """Several processes of one run, started by torchrun: which of them this one is, and what they
-exchange. Called by the scripts and by every room that writes files or sums over the ranks."""
+exchange. Called by the scripts and by all that writes files or sums over the ranks."""
 
 import contextlib
 import os

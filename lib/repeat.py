@@ -2,7 +2,6 @@
 training rows whose label is doubtful. Called by both training scripts."""
 
 import csv
-import glob
 import io
 import os
 import sys
@@ -71,11 +70,8 @@ def several_runs(main, args, given, argv):
 def state_of(path, args, given):
     """-> what main returned of a finished run, 'interrupted', or None if there is none. Raises
     UserError if it was trained with other flags."""
-    inside = glob.escape(path)
-    states = glob.glob(os.path.join(inside, '*.part', 'resume.pt'))
-    states += glob.glob(os.path.join(inside, 'resume.pt'))
-    if states:
-        saved = resume.load_resume(os.path.dirname(min(states)))['args']
+    if work := resume.interrupted_in(path):
+        saved = resume.load_resume(work)['args']
     elif os.path.exists(os.path.join(path, 'run.json')):
         info = runfolder.read_run(path)
         saved = info.get('pending', info['args'])
@@ -89,7 +85,7 @@ def state_of(path, args, given):
             why = f'{path} was trained with --{name} {saved[name]}, not {value}'
             raise UserError(f'{why}; give the same flags, or another --out')
     results = os.path.join(path, 'eval_results.json')
-    if states or not os.path.exists(results):
+    if work or not os.path.exists(results):
         return 'interrupted'
     return dict(out=path, val=info['results'], test=files.read_object(results))
 

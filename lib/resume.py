@@ -1,5 +1,6 @@
 """resume.pt, the state from which an interrupted run goes on. Called by both train scripts."""
 
+import glob
 import os
 
 import torch
@@ -22,6 +23,15 @@ def save_resume(out, args, step, best, params, opt, scaler, due=False):
             scaler=scaler.state_dict(),
         )
     files.write_atomic(os.path.join(out, 'resume.pt'), lambda f: torch.save(state, f))
+
+
+def interrupted_in(out):
+    """-> the folder in which the run in `out` was interrupted, or None; of several, if processes of
+    their own trained the classes, the first."""
+    inside = glob.escape(out)
+    states = glob.glob(os.path.join(inside, '*.part', 'resume.pt'))
+    states += glob.glob(os.path.join(inside, 'resume.pt'))
+    return os.path.dirname(min(states)) if states else None
 
 
 def load_resume(out):
@@ -52,12 +62,12 @@ def restore(saved, params, opt, scaler):
             groups = opt.state_dict()['param_groups']  # these settings come from the flags
             opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=groups))
             for p in params.values():
-                state = opt.state.get(p, {})
-                shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
-                if state != {} and {k: t.shape for k, t in state.items()} != shapes:
+                state = opt.state.get(p, {})  # of any optimizer
+                shapes = [t.shape for t in state.values() if torch.is_tensor(t)]
+                if any(shape not in ((), p.shape) for shape in shapes):
                     raise ValueError('a state of another shape')
                 # fewer where float16 skipped steps
-                if state and not 0 <= float(state['step']) <= saved['step']:
+                if not 0 <= float(state.get('step', 0)) <= saved['step']:
                     raise ValueError('a state of other steps')
             scaler.load_state_dict(saved['scaler'])
         if saved['best'] is not None and not all(type(v) in (int, float) for v in [*saved['best']]):

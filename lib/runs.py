@@ -9,7 +9,6 @@ from collections import namedtuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
 import lora
@@ -139,7 +138,7 @@ class Run:
 
     @property
     def scorer(self):
-        """The room whose functions read the texts."""
+        """The module whose functions read the texts."""
         return windows if self.windows else scoring
 
     def logits(self, texts, progress=False, cache=False):
@@ -271,12 +270,11 @@ class GenRun(Run):
         c, generator = self.labels.index(label), torch.Generator().manual_seed(seed)
         model, context = self.passes[0 if self.model.classes else c]
         ids = [model.end, *context]
-        start, W = len(ids), model.wte.weight.float()  # (V, C)
+        start = len(ids)
         while len(ids) - start < min(max_length, model.cfg.block_size - start):
             with autocast(self.device, self.dtype):
                 h = model.hidden(torch.tensor([ids], device=self.device))  # (1 or K, T, C)
-            h = h[c if model.classes else 0, -1].float()
-            logits = (F.linear(h, W) / temperature).cpu()  # (V,)
+            logits = model.next_logits(h[c if model.classes else 0, -1:])[0].cpu() / temperature
             if top_k:
                 least = logits.topk(min(top_k, len(logits))).values[-1]
                 logits[logits < least] = -math.inf

@@ -21,8 +21,9 @@ from model import GPT, MLP, Attention, Block, Conv1D
 
 PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'shipped.json')
 HIDDEN = 'embed', 'hidden'  # methods of GPT up to the final states
-CLASSIFY = (*HIDDEN, 'padded', 'pool', 'classify')
-LOGPROB = (*HIDDEN, 'token_logprobs', 'next_logprobs', 'logprob')
+CLASSIFY = (*HIDDEN, 'padded', 'pool', 'classify', 'forward')
+NEXT = 'next_logits', 'next_logprobs'
+LOGPROB = (*HIDDEN, 'token_logprobs', *NEXT, 'logprob')
 PARAMETERS = {Conv1D: {'weight', 'bias'}, LoRA: {'A', 'B'}}
 PARAMETERS.update(dict.fromkeys((Attention, MLP, Block), set()))
 SKIPPED = tokenize.COMMENT, tokenize.NL

@@ -43,7 +43,7 @@ def flags(args, names):
 
 def suggestions(out, text, label=None):
     """Commands to try on a finished run, as lines. text: one of its test texts, of which the start
-    is shown; label: a class, if the run is generative."""
+    is shown; label: a class, if the run can explain itself and write texts."""
     start = ''.join(c for c in ' '.join(text.split()) if c.isprintable())
     start = textwrap.shorten(start, 60, placeholder='') or start[:60]  # or one long word
     words = ['--'] * start.startswith('-') + [start]

@@ -191,6 +191,8 @@ def read_rows(path, form=GUESSED):
     text_cols, tabular = None, kind_of(path) in KINDS
     with open_as(path, form, '' if tabular else None) as f:
         if not tabular:
+            if flag := next((n for n in ('text_col', 'sep') if getattr(form, n)), None):
+                raise UserError(f'--{flag} does nothing with {path}, a text per line; leave it out')
             lines = (line.rstrip('\n') for line in f)
             yield from (({'text': line}, line) for line in lines)
             return

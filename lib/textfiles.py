@@ -19,7 +19,12 @@ TO_CSV = "with pandas: read_parquet(FILE).to_csv('data.csv', index=False)"
 ADVICE['.parquet'] = f'convert it to CSV, {TO_CSV}'
 TO_JSONL = "with pandas: read_json(FILE).to_json('data.jsonl', orient='records', lines=True)"
 ADVICE['.json'] = f'name it .jsonl if it has an object per line, else convert it, {TO_JSONL}'
-MARKS = {b'\xff\xfe\0\0': 'utf-32', b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'}
+MARKS = {
+    b'\xff\xfe\0\0': 'utf-32',
+    b'\0\0\xfe\xff': 'utf-32',
+    b'\xff\xfe': 'utf-16',
+    b'\xfe\xff': 'utf-16',
+}
 
 
 def kind_of(path):
@@ -96,8 +101,9 @@ def is_utf8(path):
 def refuse_wide(path, start):
     """Raise UserError if the start of a file looks like UTF-16 or UTF-32."""
     named = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
-    if not named and start.count(0) > len(start) // 5:  # Latin text in UTF-16, unmarked
-        named = 'utf-16-le' if start[1:2] == b'\0' else 'utf-16-be'
+    if not named and start.count(0) > len(start) // 5:  # Latin text, unmarked
+        kind = 'utf-32' if start.count(0) > len(start) * 2 // 3 else 'utf-16'
+        named = f'{kind}-be' if start[:1] == b'\0' else f'{kind}-le'
     if named:
         raise UserError(f'{path} looks like {named[:6].upper()}; give --encoding {named}')
 

@@ -260,6 +260,10 @@ def test_bench_length():
             (['--task', 'gen', '--length', '16'], '--length does nothing'),
             (['--length', '2000'], 'positions'),
             (['--rows', '5'], '--rows does nothing'),
+            (['--top', '2'], '--top does nothing'),
+            (['--split', 'validation'], '--split does nothing'),
+            (['--hf', 'default'], '--hf does nothing'),
+            (['--task', 'eval', '--extra=--plain'], '--extra does nothing'),
         ):
             raises(UserError, bench.main, LITTLE + flags, match=words)
     failed = SimpleNamespace(returncode=2, stdout='', stderr='error:\nno luck')

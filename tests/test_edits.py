@@ -10,6 +10,7 @@ import torch.nn as nn
 
 import lib.genrun
 import lib.runfolder
+import lib.training
 import lora
 import predict
 import train_cls
@@ -23,13 +24,14 @@ from lib.rundata import own_data
 from lib.runs import open_run
 from lib.tensors import load_safetensors
 from lora import LoRA
-from model import GPT, Block, Config
+from model import GPT, MLP, Block, Config
 from tests.helpers import (
     FLAGS,
     METHODS,
     Stop,
     patched,
     raises,
+    records,
     save_hf,
     script,
     stop_here,
@@ -260,3 +262,79 @@ def test_generative_runs_keep_what_an_edit_added():
         tensors = load_safetensors(os.path.join(out + '3', 'model.safetensors'))
         assert 'transformer.h.1.gate' in tensors and 'will ignore it' in text
         train(*argv('--lora')[:3], out + '3', *argv()[4:])  # --model with the edit: read from there
+
+
+def test_dropout_in_a_constructor_drops():
+    """Without --trunk_dropout it is as model.py says; blocks that drop have no states to cache."""
+    before = MLP.__init__
+
+    def drop(self, cfg):
+        before(self, cfg)
+        self.resid_drop = nn.Dropout(0.5)
+
+    flags = '--last 1 --max_steps 8 --batch_size 40 --log_every 1'.split()
+    want, _ = train(*argv(*flags))
+    with patched(MLP, '__init__', drop):
+        (out, text), (plain, _) = train(*argv(*flags)), train(*argv(*flags, '--plain'))
+    a, b, c = ([row['loss'] for row in records(run) if 'loss' in row] for run in (want, out, plain))
+    assert 'caching' not in text and abs(a[0] - b[0]) > 1e-4
+    assert len(a) == len(b) == len(c) > 2
+
+
+def test_tables_and_shared_blocks_are_read_again():
+    """Tensors that are attributes, and one block in two places."""
+    before, start = Block.forward, GPT.__init__
+
+    def tables(self, cfg, num_labels=0):
+        start(self, cfg, num_labels)
+        self.h[0].table = torch.linspace(0.9, 1.1, cfg.n_embd)
+
+    def scaled(self, x):
+        return before(self, x) * vars(self).get('table', 1.0)
+
+    def shared(self, cfg, num_labels=0):
+        start(self, cfg, num_labels)
+        self.h = nn.ModuleList([self.h[0]] * cfg.n_layer)
+
+    for edits in (
+        [(GPT, '__init__', tables), (Block, 'forward', scaled)],
+        [(GPT, '__init__', shared)],
+    ):
+        with contextlib.ExitStack() as stack:
+            for edit in edits:
+                stack.enter_context(patched(*edit))
+            shape = '--model nano --scratch --n_layer 2 --n_head 2 --n_embd 32'.split()
+            out, _ = train(*argv('--full'), *shape)
+            run = open_run(out, 'cpu', 'fp32')
+            val = own_data(run.info).val
+            nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+            assert abs(nll - run.info['results']['val_loss']) < 1e-5, edits
+
+
+def test_optimizers_of_an_edit():
+    """Groups of parameters keep the proportions of their rates; the state of any optimizer is
+    resumed."""
+
+    def plain_sgd(model, lr, weight_decay):
+        params = list(lora.trainables(model).values())
+        groups = [dict(params=params[:1], lr=16 * lr), dict(params=params[1:])]
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9)
+
+    rates = []
+
+    def step(self, *a, before=torch.optim.SGD.step):
+        rates.append([group['lr'] for group in self.param_groups])
+        return before(self, *a)
+
+    flags = argv('--lora', '--r', '2', '--dropout', '0')
+    with patched(lib.training, 'make_optimizer', plain_sgd), patched(torch.optim.SGD, 'step', step):
+        with patched(train_cls, 'test', stop_here):
+            out = os.path.join(tmp(), 'run')
+            raises(Stop, train_cls.main, [*flags, '--out', out])
+            assert all(abs(a / b - 16) < 1e-9 for a, b in rates) and len({a for a, _ in rates}) > 2
+            whole, again = load_resume(out)['params'], os.path.join(tmp(), 'run')
+            with patched(train_cls.training.Plan, 'evaluates', stop_after(2)):
+                raises(Stop, train_cls.main, [*flags, '--out', again])
+            raises(Stop, train_cls.main, ['--resume', '--out', again])
+        for n, t in load_resume(again)['params'].items():
+            assert torch.equal(t, whole[n]), n

@@ -1,6 +1,7 @@
 """lib/frozen.py: cached output of frozen blocks."""
 
 import os
+import time
 import unittest.mock
 from types import SimpleNamespace
 
@@ -93,7 +94,17 @@ def test_frozen_states_of_other_ids_are_refused():
         index = np.array([3, 17])
         ids = data.collate(tokens, index, 30, 'first', 256)[0]
         ids[1, 1] += 1
-        raises(UserError, states, index, ids, match='other token ids than the cache has: add')
+        raises(UserError, states, index, ids, match='other token ids than the cache: add')
+    for method, options in (('head', {}), ('last', dict(last=1))):  # and of loss_of, or the loop
+        with fresh_cache():
+            model, tokens, how = example(method, **options)
+            feed = frozen.cache(model, dict(train=tokens), *how)
+            ids, n = data.collate(tokens, index, 30, 'first', 256)
+            known = feed.states['train'](index, ids)
+            feed.net(ids, n, known)
+            raises(UserError, feed.net, ids + 1, n, known, match='other token ids')
+            ids[0, 0] += 1
+            raises(UserError, feed.net, ids, n, known, match='other token ids')
 
 
 def test_frozen_states_that_a_gpu_has_room_for():
@@ -216,6 +227,12 @@ def test_frozen_states_are_limited():
         with patched(frozen, 'LIMIT', 350):
             frozen.make_room(cached('frozen'), 100)
         assert sorted(os.listdir(cached('frozen'))) == ['b.bin', 'c.bin']
+        with patched(frozen, 'LIMIT', 250):  # never a file that the same run needs
+            for name, age in (('d.bin.123.tmp', 2 * frozen.DAY), ('e.bin.124.tmp', 60)):
+                path = write(os.path.join('frozen', name), b'x', cache_dir())
+                os.utime(path, (time.time() - age,) * 2)  # of a killed run, of another at work
+            frozen.make_room(cached('frozen'), 100, own=[cached('frozen/b.bin')])
+        assert sorted(os.listdir(cached('frozen'))) == ['b.bin', 'e.bin.124.tmp']
         raises(UserError, frozen.make_room, cached('frozen'), 2**60, match='no room')
     flags = [*TINY[:-1], *'--max_samples 50 --dtype fp32 --head --epochs 2 --lr 1e-2'.split()]
     with fresh_cache():
@@ -255,7 +272,6 @@ def test_every_edit_of_the_model_is_another_file():
         del owner.FACTOR
         forward = GPT.forward
         with patched(GPT, 'forward', lambda self, ids, n: torch.tanh(forward(self, ids, n))):
-            assert frozen.cache(example('head')[0], splits, *how) is None
             tail = example('last', last=1)[0]
             feed = frozen.cache(tail, splits, *how)
             got = class_logits(tail, tokens, *how, net=feed.net, states=feed.states['train'])

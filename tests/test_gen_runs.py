@@ -273,6 +273,11 @@ def test_gen_contextual_calibration():
     assert np.allclose(of_one, 0.5, atol=1e-4) and not np.allclose(of_three, 0.5, atol=1e-4)
 
 
+def test_direct_runs_suggest_what_they_can_do():
+    text = generate('--model', pretrained(), '--data', topics(), '--zero_shot', '--direct')[1]
+    assert 'try:' in text and '--sample' not in text and '--explain' not in text, text
+
+
 def test_gen_zero_shot_over_random_weights():
     """It knows nothing, but is the same run when it is opened again, or it is refused."""
     out = os.path.join(tmp(), 'run')

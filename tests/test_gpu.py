@@ -101,15 +101,12 @@ def onto_meta(model):
     for p in model.parameters():
         empty = torch.empty_like(p, device=META)
         torch.utils.swap_tensors(p, torch.nn.Parameter(empty, requires_grad=p.requires_grad))
-    rows = vars(model.wte).get('forward')  # TrainedRows
-    if rows:
-        rows.ids, rows.place = rows.ids.to(META), rows.place.to(META)
 
 
 def states_on_meta(self, net, model, tokens, max_length, *rest, on_gpu):
     """FrozenStates.__init__ that computes nothing."""
     lengths = np.minimum(tokens.lengths, max_length)
-    self.pooled, self.device, self.on_gpu = net.pooled, META, on_gpu
+    self.pooled, self.device, self.on_gpu, self.path = net.pooled, META, on_gpu, ''
     self.rows = np.ones_like(lengths) if net.pooled else lengths
     self.starts = np.cumsum(self.rows) - self.rows
     n = int(self.rows.sum()) + on_gpu

@@ -20,6 +20,7 @@ from lib.explain import words
 from lib.files import UserError, read_bytes
 from lib.runs import open_run
 from lib.tokens import tokenizer
+from model import GPT
 from tests.helpers import (
     SCRATCH,
     TOPICS,
@@ -226,6 +227,16 @@ def test_gen_html():
         [gen_run('lora'), '--html', page, 'x'],
         match='--html does nothing without --explain',
     )
+    lines = write('lines.txt', 'cat dog\n')
+    for flags, match in (
+        (['--out', 'out.csv.gz'], 'no .gz'),
+        (['--out', 'out.jsonl'], 'with --json'),
+        (['--out', 'out.json', '--json'], '.jsonl'),
+        (['--text_col', 'text'], 'a text per line'),
+        (['--sep', ';'], 'a text per line'),
+    ):
+        argv = [gen_run('lora'), '--file', lines, *flags]
+        raises(UserError, predict.main, argv, match=match)
 
 
 def test_gen_html_from_a_terminal():
@@ -265,6 +276,10 @@ def test_gen_sample():
     with patched(torch, 'multinomial', lambda *a, **k: torch.tensor([97])):
         longest = [opened(m).sample('numbers', 10**6) for m in ('lora', 'prefix')]
     assert longest == ['a' * 95] * 2  # all positions
+    run, only = opened('lora'), torch.full((257,), -1e9)
+    only[98] = 0.0
+    with patched(GPT, 'next_logits', lambda self, h: only.expand(len(h), -1)):  # an edit of it
+        assert run.sample('animals', 3) == 'bbb'
     for argv, match in (
         (['--sample', 'plants'], 'plants'),
         (['--sample', 'animals', 'a text'], 'leave text out'),

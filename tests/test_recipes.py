@@ -25,6 +25,7 @@ RUNS = {
     'The pooling: the largest of each feature': ('train_cls', ['--lora'], False, 'GPT.classify'),
     'The LoRA formula: a learned scale per output': ('train_cls', ['--lora'], True, 'LoRA'),
     'The LoRA formula: scale alpha / sqrt(r)': ('train_cls', ['--lora'], True, None),
+    'The optimizer: LoRA+': ('train_cls', ['--lora'], True, None),
     'The generative loss: the mean over texts instead of tokens': (
         'train_gen',
         ['--full'],

@@ -9,7 +9,6 @@ import torch
 import lora
 import predict
 from lib import export, frozen, runfolder, shipped
-from lib.fast import speed_up
 from lib.files import UserError
 from lib.metrics import metrics, softmax
 from lib.rundata import own_data
@@ -161,9 +160,6 @@ def test_an_edit_of_an_embedding_or_of_the_head_is_not_cached():
             assert not torch.equal(a, b)
         with patched(Embedding, 'forward', noisy):
             assert not frozen.cache(small, splits, *where)
-            full = formula_model()
-            speed_up(full, CPU, torch.float32, ids.numpy())
-            assert full.wte.weight.requires_grad, 'rows of the embedding took its place'
 
 
 def test_an_edited_lora_is_not_merged():

@@ -107,6 +107,9 @@ def test_encodings():
     for encoding, named in (('utf-16', 'utf-16'), ('utf-16-le',) * 2, ('utf-16-be',) * 2):
         path = write('e.csv', text.encode(encoding))
         raises(UserError, read_table, path, match=f'looks like UTF-16; give --encoding {named}')
+    for encoding in ('utf-32-le', 'utf-32-be'):
+        path = write('e.csv', text.encode(encoding))
+        raises(UserError, read_table, path, match=f'looks like UTF-32; give --encoding {encoding}')
     raises(UserError, read_table, cp1252, Format(encoding='utf-16'), match='check --encoding')
     for name in ('nonsense', 'hex', 'idna', 'undefined', 'a\0b'):
         raises(UserError, read_table, cp1252, Format(encoding=name), match='no such encoding')

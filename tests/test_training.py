@@ -234,11 +234,12 @@ def test_a_device_that_is_not_there_is_refused_before_data_is_read():
 def test_graphs_are_refused():
     for other in ('compile', 'gradient_checkpointing', 'batch_tokens'):
         flags = dict(cuda_graphs=True, compile=False, gradient_checkpointing=False)
-        flags['batch_tokens'] = None
+        flags.update(batch_tokens=None, device='cuda', dtype='fp32')
         args = SimpleNamespace(**{**flags, other: True})
-        raises(UserError, check_graphs, args, torch.device('cuda'), match=f'--{other}')
-        args.cuda_graphs = False
-        check_graphs(args, torch.device('cuda'))
+        with patched(lib.graphs, 'pick_device', lambda *a: (torch.device('cuda'), None, '')):
+            raises(UserError, check_graphs, args, match=f'--{other}')
+            args.cuda_graphs = False
+            check_graphs(args)
 
 
 def plan_of(lengths, max_steps, epochs, **flags):
