@@ -208,9 +208,9 @@ def plain_name(name):
 
 
 def trained_state(model):
-    """{plain name: tensor} of what is saved over the weights as they were read: every float32 weight
-    except those of LoRA, adapters and the prompt. A weight that device.place rounded is frozen, so
-    it is still as it was read."""
+    """{plain name: tensor} of what is saved over the weights as they were read: every float32
+    weight except those of LoRA, adapters and the prompt. A weight that device.place rounded is
+    frozen, so it is still as it was read."""
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, (LoRA, Adapter))]
     added = {f'{name}.{n}' for name, m in wrappers for n, _ in m.named_parameters()}
     added = {n for n in added if not WRAPPER.search(n)} | {'prompt'}
