@@ -62,12 +62,14 @@ def restore(saved, params, opt, scaler):
             groups = opt.state_dict()['param_groups']  # these settings come from the flags
             opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=groups))
             for p in params.values():
-                state = opt.state.get(p, {})  # of any optimizer
-                shapes = [t.shape for t in state.values() if torch.is_tensor(t)]
-                if any(shape not in ((), p.shape) for shape in shapes):
+                state = opt.state.get(p, {})
+                shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+                if type(opt) is not torch.optim.AdamW or state == {}:  # of an edit
+                    continue
+                if {k: t.shape for k, t in state.items()} != shapes:
                     raise ValueError('a state of another shape')
                 # fewer where float16 skipped steps
-                if not 0 <= float(state.get('step', 0)) <= saved['step']:
+                if not 0 <= float(state['step']) <= saved['step']:
                     raise ValueError('a state of other steps')
             scaler.load_state_dict(saved['scaler'])
         if saved['best'] is not None and not all(type(v) in (int, float) for v in [*saved['best']]):

@@ -95,14 +95,13 @@ class Plan:
         """Yield (step, rows) from step done + 1 to the last, or until a rank is interrupted. Sets
         the learning rate, of each group of parameters in proportion to its first one, and seeds
         dropout."""
-        peaks = [group['lr'] for group in opt.param_groups]
+        ratios = [group['lr'] / self.lr for group in opt.param_groups]
         for step in range(done, self.max_steps):
             if ranks.any_rank(interrupt.requested):
                 return
-            share = lr_at(step, self.max_steps, 1.0, self.args.warmup, self.args.schedule)
-            self.rate = self.lr * share  # for the log
-            for group, peak in zip(opt.param_groups, peaks):
-                group['lr'] = peak * share
+            self.rate = lr_at(step, self.max_steps, self.lr, self.args.warmup, self.args.schedule)
+            for group, ratio in zip(opt.param_groups, ratios):
+                group['lr'] = ratio * self.rate
             seed_step(self.args.seed, step)
             yield step + 1, self.rows(step + 1)
 
