@@ -19,8 +19,6 @@ import json
 import os
 import sys
 
-import numpy as np
-
 from lib import cli, files, flags
 from lib.files import UserError
 from lib.intervals import compare
@@ -86,13 +84,13 @@ def check(args, given):
             raise UserError(f'--{flag} has no meaning with --preds, which loads nothing: remove it')
     for flag in ('val', *READING):
         if flag in given and not (args.data or args.test and flag != 'val'):
-            raise UserError(f"--{flag} needs --data: the run's own data is read with its own flags")
+            raise UserError(f"--{flag} needs --data or --test: the run's data has its own flags")
     if args.allow_seen and len(args.run) < 2:
         raise UserError('--allow_seen is for runs that are compared: name several')
     if args.test and not args.data and 'split' in given:
         raise UserError('--split has no meaning with --test alone, which scores all rows')
     if args.html and (len(args.run) != 1 or args.windows):
-        raise UserError('--html writes the page of one run, which explains no --windows: name one')
+        raise UserError('--html writes the page of one run, without --windows')
     if args.plot:
         check_plots(args.plot)
 
@@ -158,11 +156,6 @@ def score(args, out):
         for note in run.notes(texts):
             print(f'  {note}', file=out)
         logits = run.logits(texts, progress=True, cache=True)  # (N, K)
-        if not np.isfinite(logits).all():
-            raise UserError(
-                f'{path} gives logits that are not finite: try --dtype fp32, or train again with '
-                'a smaller --lr'
-            )
         every.append(run_metrics(run, logits, y, first['labels']))
     if args.html:
         page.write(args.html, run, f'{ds.name} {args.split}', texts, y, every[0])

@@ -61,9 +61,9 @@ def parse(argv):
     add('--ood_quantile', text, cli.share, metavar='Q')
     add('--sample', 'write new texts of this class', metavar='CLASS')
     add('--num', 'number of samples', cli.positive, 3)
-    add('--temperature', 'of sampling; below 1: more likely texts', cli.above_zero, 1.0)
+    add('--temperature', 'of sampling; below 1: more likely texts', cli.above_0, 1.0)
     add('--top_k', 'sample among the N most likely tokens (default: all)', cli.positive)
-    add('--seed', 'sampling seed', int, 0)
+    add('--seed', 'sampling seed', cli.seed, 0)
     add = cli.group(p, 'system')
     text = 'search here for base model and tokenizer before the cache (default: $NANOCLS_DATA)'
     add('--data_dir', text, metavar='DIR')
@@ -97,8 +97,9 @@ def check(args, given):
         raise UserError(f'{text} is the name of a file, not a text: {advice}')
     kind = os.path.splitext(args.out or '')[1].lower()
     if kind in ('.gz', '.json') or kind == '.jsonl' and not args.json:
-        writes = 'lines of JSON into a .jsonl, with --json' if kind[:5] == '.json' else 'no .gz'
-        raise UserError(f'--out {args.out}: predict.py writes {writes}; give it another ending')
+        raise UserError(
+            f'--out {args.out}: a .jsonl goes with --json, and no .json or .gz is written'
+        )
     table = args.out and Table.of(args.out)
     if table and (args.json or args.explain and not args.html):
         flag = '--json' if args.json else '--explain'
@@ -108,9 +109,11 @@ def check(args, given):
     for flag in sorted(given & {'text_col', 'sep', 'encoding'}) if not args.file else ():
         raise UserError(f'--{flag} does nothing without --file')
     if args.file and not os.path.isfile(args.file):
-        raise UserError(f'--file {args.file}: no such file')
-    if args.file and args.out and os.path.realpath(args.file) == os.path.realpath(args.out):
-        raise UserError('--file and --out are the same file; write to another one')
+        why = 'is no regular file' if os.path.exists(args.file) else 'no such file'
+        raise UserError(f'--file {args.file}: {why}')
+    places = [os.path.realpath(path) for path in (args.file, args.out, args.html) if path]
+    if len({*places}) < len(places):
+        raise UserError('--file, --out and --html must be different files')
     if ranks.world_size() > 1 and not (args.text or args.file or args.export):
         raise UserError('several processes cannot share standard input; give texts or --file')
 

@@ -23,6 +23,9 @@ TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where the s
 def run(main):
     """Run main() and exit: a user's mistake ends with one sentence and exit code 2; a bug keeps its
     traceback."""
+    for name, mode in dict(stdin='r', stdout='w', stderr='w').items():
+        if getattr(sys, name) is None:  # closed by whoever started this
+            setattr(sys, name, open(os.devnull, mode))
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='replace')  # for texts that the terminal cannot show
     try:
@@ -113,16 +116,18 @@ def number(kind, valid, words):
     return parse
 
 
+seed = number(int, lambda x: -(2**63) <= x < 2**64, 'a whole number of at most 64 bits')
 positive = number(int, lambda x: x > 0, 'a whole number above 0')
 several = number(int, lambda x: x > 1, 'a whole number above 1')
-above_zero = number(float, lambda x: 0 < x < float('inf'), 'a number above 0')
+above_0 = number(float, lambda x: 0 < x < float('inf'), 'a number above 0')
 not_negative = number(float, lambda x: 0 <= x < float('inf'), 'a number of at least 0')
 share = number(float, lambda x: 0 <= x < 1, 'a fraction from 0 to below 1')
 NUMBERS = {
     positive: 'N',
     several: 'K',
     int: 'N',
-    above_zero: 'X',
+    seed: 'N',
+    above_0: 'X',
     not_negative: 'X',
     share: 'X',
 }  # metavar

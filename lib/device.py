@@ -48,7 +48,7 @@ def pick_device(device='auto', dtype='auto'):
         device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         device = torch.device(device)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # not of 'meta', which holds no numbers
     except (RuntimeError, AssertionError) as e:
         raise UserError(f'--device {device}: {str(e).splitlines()[0]}') from None
     if dtype != 'auto':

@@ -39,11 +39,11 @@ def speed_up(model, device, dtype, pack=True, matrix=None):
         return not found
 
     if model.classes and known('GPT.hidden', shipped.HIDDEN):
-        share_blocks(model)
+        model.hidden = MethodType(hidden, model)
     ends_fast = model.pooling == 'last' and isinstance(fast_forward(model.h[-1]), FastBlock)
     if hasattr(model, 'score') and ends_fast and not model.classes:
         if known('GPT.classify', shipped.CLASSIFY):
-            read_last(model)
+            model.classify = MethodType(classify, model)
     if known('GPT.next_logprobs', shipped.NEXT):
         packs = floats and not model.wte.weight.requires_grad
         model.next_logprobs = FastVocabulary(model, floats if packs else None)
@@ -101,12 +101,7 @@ def keep_freed_memory():
 # --- faster methods of GPT ---
 
 
-def read_last(model):
-    """Let classify compute the last block at each text's last token alone."""
-    model.classify = MethodType(classify, model)
-
-
-def classify(self, ids, lengths):
+def classify(self, ids, lengths):  # the last block at each text's last token alone
     if not len(self.h) or any(map(has_hooks, self.modules())):  # a tail of lib/frozen.py; hooks
         return type(self).classify(self, ids, lengths)
     x = self.embed(ids)
@@ -127,12 +122,7 @@ def without_pads(model, x, lengths):
     return None if few or not fast else Rows(lengths, x.shape[1])
 
 
-def share_blocks(model):
-    """Let K classes share the blocks below the first one in which they differ."""
-    model.hidden = MethodType(hidden, model)
-
-
-def hidden(self, ids, of=None):
+def hidden(self, ids, of=None):  # K classes share the blocks below the first one that differs
     copies = self.classes if of is None else 0
     if not copies or self.prompt is not None:
         return type(self).hidden(self, ids, of)

@@ -76,13 +76,12 @@ def write_atomic(path, content, every_rank=False):
 
     content: str, bytes, or a function that writes to the binary file it is given.  every_rank: a
     cache, which all ranks write."""
-    path = os.fspath(path)
+    path = os.path.realpath(path)  # of a link what it points to
     if not (WRITES or every_rank):
-        if callable(content):  # what it computes may need this rank as well
-            with open(os.devnull, 'wb') as f:
-                content(f)
-        return
-    temp = f'{path}.{os.getpid()}.tmp'  # os.replace is atomic only inside one file system
+        path = os.devnull  # what content computes may need this rank as well
+    special = os.path.exists(path) and not os.path.isfile(path)  # a device, a pipe: stays
+    # os.replace is atomic only inside one file system
+    temp = path if special else f'{path}.{os.getpid()}.tmp'
     make_folder(os.path.dirname(path))
     try:
         with open(temp, 'wb') as f:
@@ -92,12 +91,14 @@ def write_atomic(path, content, every_rank=False):
                 as_bytes = isinstance(content, bytes)
                 f.write(content if as_bytes else content.encode('utf-8', 'replace'))
             f.flush()
-            os.fsync(f.fileno())
-        os.replace(temp, path)
+            if not special:
+                os.fsync(f.fileno())
+        if not special:
+            os.replace(temp, path)
     except OSError as e:
         raise cannot_write(path, e) from None
     finally:
-        if os.path.exists(temp):
+        if not special and os.path.exists(temp):
             os.remove(temp)
 
 

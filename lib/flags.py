@@ -6,7 +6,17 @@ import os
 import sys
 import textwrap
 
-from lib.cli import DATA_SETS, above_zero, absolute, group, not_negative, positive, several, share
+from lib.cli import (
+    DATA_SETS,
+    above_0,
+    absolute,
+    group,
+    not_negative,
+    positive,
+    seed,
+    several,
+    share,
+)
 from lib.download import SHORT
 from lib.files import Unavailable, UserError
 from lib.textfiles import is_separator
@@ -107,7 +117,7 @@ def model_flags(p):
 def lora_flags(p):
     add = group(p, 'LoRA')
     add('--r', 'rank of the updates', positive, 8)
-    add('--alpha', 'scale the updates by alpha / r', above_zero, 16.0)
+    add('--alpha', 'scale the updates by alpha / r', above_0, 16.0)
     add('--dropout', 'dropout on the inputs of the updates', share, 0.05)
     add('--targets', 'layers to update, comma-separated', str, TARGETS, 'NAMES')
     add('--top', 'update the last N blocks only (default: all)', positive)
@@ -120,14 +130,14 @@ def optim_flags(p):
     text += f'SST-2 (default: {STEPS}; LoRA on nano: {STEPS_NANO["cls"]}, in train_gen.py '
     text += f'{STEPS_NANO["gen"]})'
     add('--max_steps', text, positive)
-    add('--epochs', 'epochs over the training rows, instead of --max_steps', above_zero)
+    add('--epochs', 'epochs over the training rows, instead of --max_steps', above_0)
     add('--batch_size', 'rows per forward pass', positive, 16)
     text = 'instead of --batch_size: as many rows as fit N tokens, padding included'
     add('--batch_tokens', text, positive)
     add('--grad_accum', 'forward passes per step: batch_size x grad_accum rows', positive, 1)
     rates = ', '.join(f'{method} {rate:g}' for method, rate in LR.items())
     rates += f', --scratch {LR_SCRATCH:g}, LoRA on nano {LR_NANO["cls"]:g}, in train_gen.py '
-    add('--lr', f'peak learning rate (default: {rates}{LR_NANO["gen"]:g})', above_zero)
+    add('--lr', f'peak learning rate (default: {rates}{LR_NANO["gen"]:g})', above_0)
     add('--weight_decay', 'AdamW weight decay (matrices only)', not_negative, 0.01)
     add('--warmup', 'fraction of the steps in which the learning rate rises', share, 0.06)
     schedules = ('linear', 'cosine', 'constant')
@@ -150,7 +160,7 @@ def system_flags(p):
     add('--cuda_graphs', 'replay a graph per batch shape; single GPU, not benchmarked yet', bool)
     add('--gradient_checkpointing', 'recompute blocks in backward: less memory, more time', bool)
     add('--plain', 'run the plain model, without lib/fast.py and caches', bool)
-    add('--seed', 'random seed for order, init and dropout', int, 1337)
+    add('--seed', 'random seed for order, init and dropout', seed, 1337)
     text = 'train N runs, with the seeds S, S + 1, ... of --seed S, into OUT-seedS, ...'
     add('--seeds', text, positive, 1)
     add('--out', 'run folder (default: runs/DATA-METHOD, numbered if taken)', metavar='DIR')
@@ -182,6 +192,8 @@ def check_flags(args, given, needs):
     for name, (flag, present) in {**both, **needs}.items():
         if name in given and not present:
             raise UserError(f'--{name} does nothing without {flag}')
+    if args.out and os.path.realpath(args.out) == os.path.realpath(args.model):
+        raise UserError(f'--out {args.out} is the folder of --model; name another one')
     if {'max_steps', 'epochs'} <= given:
         raise UserError('--max_steps and --epochs both set the length of the run; give one of them')
     if {'batch_size', 'batch_tokens'} <= given:

@@ -32,19 +32,16 @@ DAY = 24 * 60 * 60  # seconds; a file that nobody has written to for so long is 
 def frozen_depth(model):
     """Number of blocks, from the first, whose output for a text is the same in every step: nothing
     trains in them or below, and nothing is dropped."""
-    embeddings = model.wte, model.wpe
-    if model.prompt is not None or drops(model.drop) or any(map(has_trainables, embeddings)):
+    if model.prompt is not None or any(map(moves, (model.wte, model.wpe, model.drop))):
         return 0
-    moving = [has_trainables(block) or drops(block) for block in model.h]
+    moving = [moves(block) for block in model.h]
     return moving.index(True) if True in moving else len(model.h)
 
 
-def drops(module):
-    return any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
-
-
-def has_trainables(module):
-    return any(p.requires_grad for p in module.parameters())
+def moves(module):
+    """Does something in it train, or drop values?"""
+    drops = any(isinstance(m, nn.Dropout) and m.p for m in module.modules())
+    return drops or any(p.requires_grad for p in module.parameters())
 
 
 def cache(model, splits, max_length, keep, device, dtype):

@@ -10,8 +10,7 @@ GRAPH_WIDTH = 8  # tokens; recorded batches are as wide as a multiple of it: few
 
 
 def check_graphs(args):
-    """Raise UserError if there is no such --device, or --cuda_graphs is asked for and not
-    possible."""
+    """Raise UserError if --device is not there, or --cuda_graphs is asked for and not possible."""
     device = pick_device(args.device, args.dtype)[0]
     if args.cuda_graphs and device.type != 'cuda':
         raise UserError(f'--cuda_graphs needs a GPU, but this run is on {device}')

@@ -6,10 +6,9 @@ inputs of a product are rounded as they come, with a scale per row (token). Embe
 LayerNorm, GELU, adapters and heads stay in float32, as do LoRA updates of several classes.
 
 The kernel is oneDNN's, through torch.ops.onednn.qlinear_pointwise, which torch.compile emits for
-quantized linear layers, so its name and arguments are likely to stay. It is as
-fast as torch.ops.quantized.linear_dynamic or faster, and needs none of the quantized tensors that
-torch has deprecated; torch._int_mm packs the weights in every call. The kernel has one scale for
-all rows. So rows are rounded here, it multiplies by the channels' scales, and the rows' follow."""
+quantized layers, so it is likely to stay. It is as fast as torch.ops.quantized.linear_dynamic or
+faster, and needs none of the quantized tensors that torch has deprecated; torch._int_mm packs the
+weights in every call. It has one scale for all rows: they are rounded here, and scaled after it."""
 
 import functools
 import sys

@@ -26,8 +26,7 @@ def save_resume(out, args, step, best, params, opt, scaler, due=False):
 
 
 def interrupted_in(out):
-    """-> the folder in which the run in `out` was interrupted, or None; of several, if processes of
-    their own trained the classes, the first."""
+    """-> the folder in `out` that has a resume.pt, the first of several classes', or None"""
     inside = glob.escape(out)
     states = glob.glob(os.path.join(inside, '*.part', 'resume.pt'))
     states += glob.glob(os.path.join(inside, 'resume.pt'))
@@ -62,14 +61,12 @@ def restore(saved, params, opt, scaler):
             groups = opt.state_dict()['param_groups']  # these settings come from the flags
             opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=groups))
             for p in params.values():
-                state = opt.state.get(p, {})
+                state = opt.state.get(p, {}) if type(opt) is torch.optim.AdamW else {}  # of ours
                 shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
-                if type(opt) is not torch.optim.AdamW or state == {}:  # of an edit
-                    continue
-                if {k: t.shape for k, t in state.items()} != shapes:
+                if state != {} and {k: t.shape for k, t in state.items()} != shapes:
                     raise ValueError('a state of another shape')
                 # fewer where float16 skipped steps
-                if not 0 <= float(state['step']) <= saved['step']:
+                if state and not 0 <= float(state['step']) <= saved['step']:
                     raise ValueError('a state of other steps')
             scaler.load_state_dict(saved['scaler'])
         if saved['best'] is not None and not all(type(v) in (int, float) for v in [*saved['best']]):

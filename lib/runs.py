@@ -274,7 +274,8 @@ class GenRun(Run):
         while len(ids) - start < min(max_length, model.cfg.block_size - start):
             with autocast(self.device, self.dtype):
                 h = model.hidden(torch.tensor([ids], device=self.device))  # (1 or K, T, C)
-            logits = model.next_logits(h[c if model.classes else 0, -1:])[0].cpu() / temperature
+            logits = model.next_logits(h[c if model.classes else 0, -1:])[0].cpu()  # (V,)
+            logits = (logits.double() - logits.max()) / temperature
             if top_k:
                 least = logits.topk(min(top_k, len(logits))).values[-1]
                 logits[logits < least] = -math.inf

@@ -56,7 +56,10 @@ def in_batches(
                 show(start)
     finally:
         model.train(was_training)
-    return gathered(torch.cat(outputs).cpu().numpy() if outputs else None, order)
+    found = gathered(torch.cat(outputs).cpu().numpy() if outputs else None, order)
+    if not np.isfinite(found).all():
+        raise UserError('the model gives numbers that are not finite: lower --lr, or --dtype fp32')
+    return found
 
 
 def gathered(own, order):

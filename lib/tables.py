@@ -244,7 +244,7 @@ def usual(columns, names):
 def pick_columns(path, table, form):
     """-> text column, label column: those asked for; else those of form.like; else those with a
     usual name; else, of two columns, the one with fewer values is the label."""
-    columns = list(table[0][1])
+    columns = list({col: None for _, row in table for col in row})  # of .jsonl all rows'
     names = f'it has {", ".join(map(repr, columns))}'
     have = f'{names}; name two of them with --text_col and --label_col'
     asked = parts(form.text_col, columns) if form.text_col else []

@@ -18,7 +18,7 @@ import lib.training
 import train_cls
 import train_gen
 from lib import cli
-from lib.cli import Parser, above_zero, exit_code, positive
+from lib.cli import Parser, above_0, exit_code, positive
 from lib.files import UserError, read_json
 from lib.runfolder import free_folder
 from tests.helpers import (
@@ -53,7 +53,7 @@ def test_parser():
     p.add_argument('texts', nargs='*')
     p.add_argument('--max_steps', type=positive, default=5)
     p.add_argument('--flag', action='store_true')
-    p.add_argument('--lr', type=above_zero)
+    p.add_argument('--lr', type=above_0)
     a, given = p.parse(['--max-steps', '7', '--lr=1e-3', 'hello', '--', '--max-steps'])
     assert (a.max_steps, a.lr, a.texts) == (7, 1e-3, ['hello', '--max-steps']), a
     assert given == {'max_steps', 'lr', 'texts'}, given
@@ -89,6 +89,8 @@ def test_flags_that_make_no_sense():
     for argv, match in (
         (['--r', '0'], 'above 0'),
         (['--head', '--r', '4'], '--r does nothing without --lora'),
+        (['--seed', str(10**20)], 'at most 64 bits'),
+        (['--device', 'meta'], '--device meta'),
         (['--lora', '--head'], 'not allowed with'),
         (['--n_layer', '2'], '--n_layer does nothing without --scratch'),
         (['--max-steps', '3', '--epochs', '1'], 'give one of them'),
@@ -115,6 +117,8 @@ def test_flags_that_make_no_sense():
         raises(UserError, train_cls.main, argv + out, match=match)
     taken = [*TINY, '--out', tiny_run('lora')]
     raises(UserError, train_cls.main, taken, match='already holds a run')
+    own = ['--data', 'demo', '--model', tmp(), '--out', tmp()]
+    raises(UserError, train_cls.main, [*own[:4], '--out', own[3]], match='is the folder of --model')
 
 
 def test_default_run_folder():

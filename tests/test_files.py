@@ -13,7 +13,7 @@ import torch
 import lib.files
 import train_cls
 import train_gen
-from lib.files import UserError, read_json, write_atomic, write_json
+from lib.files import UserError, read_bytes, read_json, write_atomic, write_json
 from lib.resume import save_resume
 from lib.tensors import save_safetensors
 from tests.helpers import (
@@ -59,6 +59,20 @@ def test_each_rank_writes_its_cache():
             assert not os.path.exists(path), path
             write_atomic(path, '[1]', every_rank=True)
             assert read_json(path) == [1]
+
+
+def test_links_and_pipes_are_written_to():
+    folder = tmp()
+    link, pipe = os.path.join(folder, 'link'), os.path.join(folder, 'pipe')
+    target = write('target.txt', 'old', folder)
+    os.symlink('target.txt', link)
+    write_atomic(link, 'new')
+    assert os.path.islink(link) and read_bytes(target) == b'new'
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomic(pipe, 'text')
+    assert os.read(reader, 10) == b'text' and not os.path.isfile(pipe)
+    os.close(reader)
 
 
 def test_only_own_leftovers_go():

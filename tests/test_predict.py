@@ -229,11 +229,12 @@ def test_gen_html():
     )
     lines = write('lines.txt', 'cat dog\n')
     for flags, match in (
-        (['--out', 'out.csv.gz'], 'no .gz'),
+        (['--out', 'out.csv.gz'], 'no .json or .gz'),
         (['--out', 'out.jsonl'], 'with --json'),
         (['--out', 'out.json', '--json'], '.jsonl'),
         (['--text_col', 'text'], 'a text per line'),
         (['--sep', ';'], 'a text per line'),
+        (['--explain', '--html', lines], 'different files'),
     ):
         argv = [gen_run('lora'), '--file', lines, *flags]
         raises(UserError, predict.main, argv, match=match)
@@ -278,6 +279,8 @@ def test_gen_sample():
     assert longest == ['a' * 95] * 2  # all positions
     run, only = opened('lora'), torch.full((257,), -1e9)
     only[98] = 0.0
+    for cold in (1e-3, 1e-40):  # the likeliest token each time
+        assert run.sample('animals', 5, cold, seed=1) == run.sample('animals', 5, 1.0, 1, seed=2)
     with patched(GPT, 'next_logits', lambda self, h: only.expand(len(h), -1)):  # an edit of it
         assert run.sample('animals', 3) == 'bbb'
     for argv, match in (

@@ -1,6 +1,7 @@
 """lib/tables.py: a user's own tables."""
 
 import gzip
+import json
 import os
 
 from lib.files import UserError
@@ -194,3 +195,12 @@ def test_another_file_is_read_as_the_runs_own():
     path = write('l.csv', 'q,title\none,two\n')
     assert [row for row, _ in read_rows(path, Format(like=like))] == [dict(q='one', title='two')]
     assert list(read_texts(path, Format(like=like))) == ['one']
+
+
+def test_columns_of_all_rows_of_jsonl():
+    """The first row may lack one."""
+    rows = [dict(text='no label'), *(dict(text=f't{i}', label='ab'[i % 2]) for i in range(4))]
+    path = write('rows.jsonl', '\n'.join(map(json.dumps, rows)))
+    found, _ = read_table(path, Format(drop_unlabelled=True))
+    assert len(found) == 4
+    raises(UserError, read_table, path, match='1 of 5 rows')

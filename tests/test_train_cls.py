@@ -16,7 +16,7 @@ import lora
 import predict
 from lib.device import autocast, place
 from lib.fast import speed_up
-from lib.files import read_bytes, read_json
+from lib.files import UserError, read_bytes, read_json
 from lib.rundata import own_data
 from lib.runs import open_run
 from lib.tensors import load_safetensors
@@ -254,3 +254,9 @@ def test_training_is_freed_before_the_final_test():
                 flags = [*FLAGS[method], '--epochs', '2', '--batch_size', '50', '--eval_every', '9']
                 raises(Stop, train, *TINY, *flags)
     assert len(left) == len(METHODS) and not any(left), left
+
+
+def test_a_run_that_ends_in_nan_is_told_so():
+    """Its last update is in no loss of a step, and its validation is not the best one."""
+    flags = '--full --max_steps 1 --eval_every 1 --dtype fp32 --lr 1e20 --clip 0 --warmup 0'.split()
+    raises(UserError, train, *TINY, *flags, match='not finite')
