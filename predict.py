@@ -97,9 +97,7 @@ def check(args, given):
         raise UserError(f'{text} is the name of a file, not a text: {advice}')
     kind = os.path.splitext(args.out or '')[1].lower()
     if kind in ('.gz', '.json') or kind == '.jsonl' and not args.json:
-        raise UserError(
-            f'--out {args.out}: a .jsonl goes with --json, and no .json or .gz is written'
-        )
+        raise UserError(f'--out {args.out}: .jsonl goes with --json; no .json or .gz is written')
     table = args.out and Table.of(args.out)
     if table and (args.json or args.explain and not args.html):
         flag = '--json' if args.json else '--explain'
