@@ -145,8 +145,7 @@ class Tail:
 
 
 def check_ids(states, ids):
-    """Raise UserError if a step reads other ids than those that its states are of, or changed
-    them."""
+    """Raise UserError if a step reads other ids than those of its states, or changed them."""
     of, version = getattr(states, 'of', (ids, ids._version))
     if of is not ids or version != ids._version:
         raise UserError(OTHER_IDS)
