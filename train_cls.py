@@ -123,7 +123,7 @@ def main(argv=None):
     params, net = lora.trainables(model), ranks.wrap(model.train())
     opt = training.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
-    state = params, opt, scaler  # what resume.pt holds; of more tensors the first may be a copy
+    state = params, opt, scaler  # what resume.pt holds; for more, {**params, name: tensor}
 
     # --- the steps ---
     lengths = np.minimum(train.lengths, args.max_length)  # (N,) tokens that are read

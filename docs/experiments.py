@@ -1,6 +1,6 @@
 """Generative against discriminative, from scratch: the experiments of docs/results.md.
 
-    python docs/experiments.py --data sms sst2 agnews --seeds 1 2 3
+    python docs/experiments.py --data sms sst2 agnews imdb --seeds 1 2 3
 
 Few rows, flipped labels, a spurious token, another prior, dropped tokens. Every number goes to
 docs/results/experiments.json as it comes, and is not computed again: an interrupted call goes on.
