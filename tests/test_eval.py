@@ -277,7 +277,9 @@ def test_preds_errors():
         ['runs/x', '--test', good, '--split', 'val'],
         match='--split has no meaning',
     )
-    raises(UserError, run_eval, ['runs/x', '--html', 'x.html', '--windows'], match='no --windows')
+    raises(
+        UserError, run_eval, ['runs/x', '--html', 'x.html', '--windows'], match='without --windows'
+    )
 
 
 def fake_run(labels, logits, data_args=None, log=()):
@@ -357,7 +359,6 @@ def test_runs_labels_by_name():
         assert not os.path.exists(os.path.join(a, 'eval_results.json'))
         d = fake_run(['neg', 'neutral'], right)
         raises(UserError, run_eval, [a, d], match='compare runs with the same labels')
-        raises(UserError, run_eval, [fake_run(['neg', 'pos'], right * np.nan)], match='not finite')
         raises(UserError, run_eval, [d], match='does not know (pos; it knows neg, neutral)')
     with fake_world(['pos', 'neg'], 1 - y):  # the data's order differs from the run's
         assert 'accuracy 1.0000' in run_eval([a, '--data', 'other'])[0]

@@ -19,7 +19,7 @@ from lib.fast import speed_up
 from lib.files import UserError, read_bytes, read_json
 from lib.rundata import own_data
 from lib.runs import open_run
-from lib.tensors import load_safetensors
+from lib.tensors import load_safetensors, save_safetensors
 from lib.training import wrap_blocks
 from lib.versions import versions
 from model import GPT
@@ -33,6 +33,7 @@ from tests.helpers import (
     SMALL,
     TINY,
     Stop,
+    copied,
     generate,
     imbalanced,
     losses_of,
@@ -257,6 +258,13 @@ def test_training_is_freed_before_the_final_test():
 
 
 def test_a_run_that_ends_in_nan_is_told_so():
-    """Its last update is in no loss of a step, and its validation is not the best one."""
+    """Its last update is in no loss of a step, and its validation is not the best one; nor does
+    such a run answer."""
     flags = '--full --max_steps 1 --eval_every 1 --dtype fp32 --lr 1e20 --clip 0 --warmup 0'.split()
     raises(UserError, train, *TINY, *flags, match='not finite')
+    out = copied(tiny_run('full'))
+    path = os.path.join(out, 'model.safetensors')
+    tensors = load_safetensors(path)
+    save_safetensors(path, {**tensors, 'score.weight': tensors['score.weight'] * float('nan')})
+    raises(UserError, run_eval, [out], match='not finite')
+    raises(UserError, predict.main, [out, 'a text'], match='not finite')

@@ -221,7 +221,7 @@ def test_gen_bad_input():
     raises(UserError, train_gen.main, ['--resume'], match='--out')
     for there in (joint(), pretrained(), tiny_run('full')):
         before = tree(there)
-        raises(UserError, train_gen.main, [*some, '--out', there], match='already holds a run')
+        raises(UserError, train_gen.main, [*some, '--out', there], match='name another')
         assert tree(there) == before
     raises(UserError, train_gen.main, ['--resume', '--out', tiny_run('full')], match='train_cls.py')
     wild = '--lr 1e30 --clip 0 --log_every 1 --warmup 0'.split()

@@ -15,6 +15,7 @@ import torch
 import data
 import lib.graphs
 import lib.ranks
+import lib.scoring
 import lib.training
 import lora
 import train_cls
@@ -416,14 +417,18 @@ def test_out_of_memory_in_evaluation_takes_smaller_batches():
 
 def test_batches_of_evaluation_fit_a_cache():
     """On a CPU half as many tokens at a time in float32 as in bfloat16, and more where the model is
-    narrow: the same bytes. Not fewer where it is wide: their products would be slow."""
+    narrow: the same bytes. Not fewer where it is wide: their products would be slow, and need more
+    tokens on CPUs that are not Intel's."""
     tokens = Tokens(np.zeros(10000, np.int64), np.arange(0, 10001, 10))
     exact, half = torch.float32, torch.bfloat16
-    for width, dtype, limit in (
-        (768, exact, 256),
-        (768, half, 512),
-        (64, exact, 3072),
-        (1536, exact, 256),
+    for width, dtype, intels, limit in (
+        (768, exact, True, 256),
+        (768, half, True, 512),
+        (64, exact, True, 3072),
+        (1536, exact, True, 256),
+        (768, exact, False, 1024),
+        (768, half, False, 512),
+        (64, exact, False, 3072),
     ):
         model = GPT(replace(SMALL, n_layer=1, n_embd=width), 2)
         sizes = []
@@ -432,5 +437,6 @@ def test_batches_of_evaluation_fit_a_cache():
             sizes.append(ids.numel())
             return torch.zeros(len(ids), 1)
 
-        in_batches(fn, model, tokens, 128, 'first', CPU, dtype)
+        with patched(lib.scoring, 'cpu_is_intels', lambda intels=intels: intels):
+            in_batches(fn, model, tokens, 128, 'first', CPU, dtype)
         assert sum(sizes) == 10000 and limit - 10 < max(sizes) <= limit
