@@ -216,7 +216,7 @@ def parse(argv):
     add('--steps', 'training steps per block; 4 do for memory', positive, STEPS)
     add('--repeats', 'turns per side (default: 2)', positive)
     text = 'reduce texts or steps, then turns, to take at most so long (default: 15)'
-    add('--minutes', text, cli.above_0)
+    add('--minutes', text, cli.above_zero)
     add('--quick', 'a trial: one turn, 3 minutes', bool)
     add('--json', 'write the figures to FILE', metavar='FILE')
     add = cli.group(p, 'peers')

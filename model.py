@@ -266,11 +266,11 @@ class GPT(nn.Module):
         cfg = Config(**checkpoints.read_config(folder, tensors, where, SHAPES))
         with torch.device('meta'):
             model = cls(cfg, num_labels)
-        every = dict(remove_duplicate=False)  # an edit may use a block twice
-        named = {**dict(model.named_parameters(**every)), **dict(model.named_buffers(**every))}
+        buffers = dict(model.named_buffers(remove_duplicate=False))  # an edit may repeat a block
+        named = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
         if new_head and 'score.weight' in named:  # not in a head of an edit
             tensors['score.weight'] = torch.empty(num_labels, cfg.n_embd).normal_(0.0, 0.02)
-        may_lack = named if new_head else dict(model.named_buffers())  # of what an edit added
+        may_lack = named if new_head else buffers  # of what an edit added
         added = {n for n in may_lack if n not in tensors and not checkpoints.NAMES.fullmatch(n)}
         shapes = {n: t.shape for n, t in named.items() if n not in added}
         check_tensors(tensors, shapes, f'{folder} does not hold a GPT-2 of {cfg}')

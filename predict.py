@@ -61,7 +61,7 @@ def parse(argv):
     add('--ood_quantile', text, cli.share, metavar='Q')
     add('--sample', 'write new texts of this class', metavar='CLASS')
     add('--num', 'number of samples', cli.positive, 3)
-    add('--temperature', 'of sampling; below 1: more likely texts', cli.above_0, 1.0)
+    add('--temperature', 'of sampling; below 1: more likely texts', cli.above_zero, 1.0)
     add('--top_k', 'sample among the N most likely tokens (default: all)', cli.positive)
     add('--seed', 'sampling seed', cli.seed, 0)
     add = cli.group(p, 'system')

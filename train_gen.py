@@ -70,7 +70,7 @@ def parser():
     text = 'weight of the likelihood (nats per token) in the loss of these steps'
     add('--likelihood_share', text, cli.share, 0.1)
     text = 'peak learning rate of these steps (default: --lr / 3)'
-    add('--posterior_lr', text, cli.above_0)
+    add('--posterior_lr', text, cli.above_zero)
     flags.lora_flags(p)
     flags.optim_flags(p)
     flags.system_flags(p)

@@ -119,7 +119,7 @@ def number(kind, valid, words):
 seed = number(int, lambda x: -(2**63) <= x < 2**64, 'a whole number of at most 64 bits')
 positive = number(int, lambda x: x > 0, 'a whole number above 0')
 several = number(int, lambda x: x > 1, 'a whole number above 1')
-above_0 = number(float, lambda x: 0 < x < float('inf'), 'a number above 0')
+above_zero = number(float, lambda x: 0 < x < float('inf'), 'a number above 0')
 not_negative = number(float, lambda x: 0 <= x < float('inf'), 'a number of at least 0')
 share = number(float, lambda x: 0 <= x < 1, 'a fraction from 0 to below 1')
 NUMBERS = {
@@ -127,7 +127,7 @@ NUMBERS = {
     several: 'K',
     int: 'N',
     seed: 'N',
-    above_0: 'X',
+    above_zero: 'X',
     not_negative: 'X',
     share: 'X',
 }  # metavar

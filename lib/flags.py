@@ -8,7 +8,7 @@ import textwrap
 
 from lib.cli import (
     DATA_SETS,
-    above_0,
+    above_zero,
     absolute,
     group,
     not_negative,
@@ -117,7 +117,7 @@ def model_flags(p):
 def lora_flags(p):
     add = group(p, 'LoRA')
     add('--r', 'rank of the updates', positive, 8)
-    add('--alpha', 'scale the updates by alpha / r', above_0, 16.0)
+    add('--alpha', 'scale the updates by alpha / r', above_zero, 16.0)
     add('--dropout', 'dropout on the inputs of the updates', share, 0.05)
     add('--targets', 'layers to update, comma-separated', str, TARGETS, 'NAMES')
     add('--top', 'update the last N blocks only (default: all)', positive)
@@ -130,14 +130,14 @@ def optim_flags(p):
     text += f'SST-2 (default: {STEPS}; LoRA on nano: {STEPS_NANO["cls"]}, in train_gen.py '
     text += f'{STEPS_NANO["gen"]})'
     add('--max_steps', text, positive)
-    add('--epochs', 'epochs over the training rows, instead of --max_steps', above_0)
+    add('--epochs', 'epochs over the training rows, instead of --max_steps', above_zero)
     add('--batch_size', 'rows per forward pass', positive, 16)
     text = 'instead of --batch_size: as many rows as fit N tokens, padding included'
     add('--batch_tokens', text, positive)
     add('--grad_accum', 'forward passes per step: batch_size x grad_accum rows', positive, 1)
     rates = ', '.join(f'{method} {rate:g}' for method, rate in LR.items())
     rates += f', --scratch {LR_SCRATCH:g}, LoRA on nano {LR_NANO["cls"]:g}, in train_gen.py '
-    add('--lr', f'peak learning rate (default: {rates}{LR_NANO["gen"]:g})', above_0)
+    add('--lr', f'peak learning rate (default: {rates}{LR_NANO["gen"]:g})', above_zero)
     add('--weight_decay', 'AdamW weight decay (matrices only)', not_negative, 0.01)
     add('--warmup', 'fraction of the steps in which the learning rate rises', share, 0.06)
     schedules = ('linear', 'cosine', 'constant')

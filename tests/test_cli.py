@@ -18,7 +18,7 @@ import lib.training
 import train_cls
 import train_gen
 from lib import cli
-from lib.cli import Parser, above_0, exit_code, positive
+from lib.cli import Parser, above_zero, exit_code, positive
 from lib.files import UserError, read_json
 from lib.runfolder import free_folder
 from tests.helpers import (
@@ -53,7 +53,7 @@ def test_parser():
     p.add_argument('texts', nargs='*')
     p.add_argument('--max_steps', type=positive, default=5)
     p.add_argument('--flag', action='store_true')
-    p.add_argument('--lr', type=above_0)
+    p.add_argument('--lr', type=above_zero)
     a, given = p.parse(['--max-steps', '7', '--lr=1e-3', 'hello', '--', '--max-steps'])
     assert (a.max_steps, a.lr, a.texts) == (7, 1e-3, ['hello', '--max-steps']), a
     assert given == {'max_steps', 'lr', 'texts'}, given

@@ -219,9 +219,10 @@ def test_gen_bad_input():
         raises(UserError, train_gen.main, [*argv, '--out', out], match=match)
         assert not os.path.exists(out), argv
     raises(UserError, train_gen.main, ['--resume'], match='--out')
-    for there in (joint(), pretrained(), tiny_run('full')):
+    taken, own = 'already holds a run', 'is the folder of --model'
+    for there, match in ((joint(), taken), (pretrained(), own), (tiny_run('full'), taken)):
         before = tree(there)
-        raises(UserError, train_gen.main, [*some, '--out', there], match='name another')
+        raises(UserError, train_gen.main, [*some, '--out', there], match=match)
         assert tree(there) == before
     raises(UserError, train_gen.main, ['--resume', '--out', tiny_run('full')], match='train_cls.py')
     wild = '--lr 1e30 --clip 0 --log_every 1 --warmup 0'.split()
