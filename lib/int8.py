@@ -51,7 +51,7 @@ class Int8:
     joins = False  # the updates of K classes cannot share the scale of a row with W
 
     def __init__(self, W, bias=None, backward=False):
-        first, last = activations()[1:]
+        first, last = activations()
         q, self.scales = rounded(W.detach().t().float())  # (out, in), (out,)
         give_back(W)
         sums = q.sum(1) * self.scales
@@ -70,7 +70,7 @@ class Int8:
 
     def quantize(self, rows):
         """rows (n, in) -> integers (n, in), their step (n, 1): of the whole range of 8 bits"""
-        dtype, first, last = activations()
+        first, last = activations()
         top = rows.amax(1, keepdim=True)
         if self.low is None:
             top = torch.maximum(top, rows.amin(1, keepdim=True).neg_()).mul_(2)
@@ -80,8 +80,7 @@ class Int8:
         inverse = steps.reciprocal()
         shift = (first + last) // 2 if self.low is None else first - self.low * inverse
         q = rows * inverse  # two passes: addcmul takes longer with a factor per row
-        q = q.add_(shift) if torch.is_tensor(shift) or shift else q
-        return q.round_().to(dtype), steps
+        return q.add_(shift).round_().to(torch.uint8), steps
 
 
 class AfterGELU(Int8):
@@ -113,16 +112,17 @@ def multiply(q, blocks, scales, zeros, offset=None):
 
 @functools.lru_cache(None)
 def activations():
-    """How inputs are rounded -> dtype, the first and the last integer. 8 bits where the kernel adds
+    """How inputs are rounded -> the first and the last integer. 8 bits where the kernel adds
     products exactly; CPUs without VNNI add pairs of them in 16 bits, which is exact for 7 bits.
-    Raises UserError where there is no kernel."""
+    Without sign: for signed inputs oneDNN has kernels only where there is AMX, else a loop that takes
+    4,000 times as long. Raises UserError where there is no kernel."""
     if missing := [name for name in KERNELS if not hasattr(torch.ops.onednn, name)]:
         where = f'torch.ops.onednn.{missing[0]}'
         raise UserError(f'this torch has no int8 kernels ({where}): use --dtype fp32')
     W = torch.full((16, 64), 127, dtype=torch.int8)
     W[8:] = -127
-    for dtype, first, last in ((torch.int8, -127, 127), (torch.uint8, 1, 127)):
-        q = torch.full((16, 64), last, dtype=dtype)
+    for first, last in ((1, 255), (1, 127)):
+        q = torch.full((16, 64), last, dtype=torch.uint8)
         q[8:] = first
         q[:, ::3] = 5
         ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int64)
@@ -132,7 +132,7 @@ def activations():
             problem = str(e).splitlines()[0]
             raise UserError(f'int8 products fail here ({problem}): use --dtype fp32') from None
         if torch.equal(y, (q.float() @ W.float().t())):
-            return dtype, first, last
+            return first, last
     raise UserError('int8 products are not exact on this processor: use --dtype fp32')
 
 
