@@ -190,8 +190,7 @@ def main(argv=None):
 
         update_results(args.run[0], results[0])
     if args.plot:
-        paths = [os.path.join(run, 'log.jsonl') for run in args.run]
-        logs = [read_log(path) if os.path.isfile(path) else {} for path in paths]
+        logs = [read_log(os.path.join(run, 'log.jsonl')) for run in args.run]
         for path in plot(args.plot, names, labels, y, every, results, logs):
             print(f'wrote {path}', file=out)
     tested = [dict(t, run=name, against=names[0]) for name, t in zip(names[1:], tests)]

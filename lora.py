@@ -138,17 +138,9 @@ def add_prompt(model, n, classes=0):
 
 
 def adapt(
-    model,
-    method,
-    last=0,
-    r=8,
-    alpha=16.0,
-    dropout=0.0,
-    targets=(),
-    bottleneck=64,
-    prompt=0,
-    top=None,
-):
+    model, method, last=0, r=8, alpha=16.0, dropout=0.0, targets=(),
+    bottleneck=64, prompt=0, top=None,
+):  # fmt: skip
     """Freeze what is frozen and add what is added for a method of the training scripts.
     -> names of the wrapped layers"""
     wrapped = []
@@ -177,9 +169,8 @@ def trainables(model):
 
 def count(model):
     """-> (number of parameters that train, number of all)"""
-    return sum(p.numel() for p in trainables(model).values()), sum(
-        p.numel() for p in model.parameters()
-    )
+    sets = trainables(model).values(), model.parameters()
+    return tuple(sum(p.numel() for p in params) for params in sets)
 
 
 def describe(model, wrapped):

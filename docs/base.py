@@ -20,7 +20,6 @@ import train_cls
 import train_gen
 from docs.experiments import Rows, linear, write_texts
 from lib import cli, files
-from lib.classes import log_rows
 from lib.intervals import wilson
 from lib.measure import machine
 
@@ -79,7 +78,7 @@ def base_model(book, folder):
 
 def losses(base):
     """-> {key: [[step, nats per token], ...]} of the training and of the validation texts."""
-    rows, keys = log_rows(os.path.join(base, 'log.jsonl')), ('loss', 'val_loss')
+    rows, keys = files.log_rows(os.path.join(base, 'log.jsonl')), ('loss', 'val_loss')
     return {key: [[r['step'], round(r[key], 4)] for r in rows if key in r] for key in keys}
 
 

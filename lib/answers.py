@@ -71,6 +71,6 @@ class Table:
         return head + self.line([*fields, '' if label is None else label, max(probs), *probs])
 
     def line(self, fields):
-        out = io.StringIO()
-        csv.writer(out, delimiter=self.sep, lineterminator='').writerow(fields)
-        return out.getvalue()
+        out = io.StringIO(newline='')
+        csv.writer(out, delimiter=self.sep).writerow(fields)  # ends in \r\n, so quotes both
+        return out.getvalue()[:-2]

@@ -150,9 +150,7 @@ def save_hf(folder, cfg, state, labels=None):
     config = dict(model_type='gpt2', architectures=[kind], vocab_size=cfg.vocab_size)
     config.update(n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer)
     config.update(n_head=cfg.n_head, activation_function='gelu_new', layer_norm_epsilon=1e-5)
-    config.update(
-        bos_token_id=end, eos_token_id=end, **(class_names(labels, end) if labels else {})
-    )
+    config.update(class_names(labels, end) if labels else {}, bos_token_id=end, eos_token_id=end)
     plain = {n if n == 'score.weight' else f'transformer.{n}': t for n, t in state.items()}
     save_safetensors(os.path.join(folder, 'model.safetensors'), plain)
     files.write_json(os.path.join(folder, 'config.json'), config)

@@ -14,7 +14,6 @@ from lib import cli, files
 from lib.files import UserError
 from lib.rundata import check, own_data, seen
 from lib.tables import Format
-from lib.training import log_row
 
 # --- folders ---
 
@@ -67,7 +66,7 @@ def promote(done, out):
     log, merged = os.path.join(done, 'log.jsonl'), os.path.join(done, 'merged.jsonl')
     run_log = os.path.join(out, 'log.jsonl')
     if os.path.isfile(log):
-        old, new = log_rows(run_log), log_rows(log)
+        old, new = files.log_rows(run_log), files.log_rows(log)
         steps = old[-1]['step'] if old else 0
         rows = old + [{**row, 'step': steps + row['step']} for row in new]
         files.write_atomic(merged, ''.join(json.dumps(row) + '\n' for row in rows))
@@ -83,12 +82,6 @@ def had_posterior(out, folders):
     return len(records) == len(folders) and all(
         'posterior_steps' in files.read_object(r) for r in records
     )
-
-
-def log_rows(path):
-    """The undamaged rows of a log.jsonl, [] if there is none."""
-    lines = files.read_bytes(path).decode('utf-8', 'replace') if os.path.isfile(path) else ''
-    return [row for row in map(log_row, lines.splitlines()) if row]
 
 
 def leaked(old, args, ds):

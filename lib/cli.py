@@ -122,15 +122,8 @@ several = number(int, lambda x: x > 1, 'a whole number above 1')
 above_zero = number(float, lambda x: 0 < x < float('inf'), 'a number above 0')
 not_negative = number(float, lambda x: 0 <= x < float('inf'), 'a number of at least 0')
 share = number(float, lambda x: 0 <= x < 1, 'a fraction from 0 to below 1')
-NUMBERS = {
-    positive: 'N',
-    several: 'K',
-    int: 'N',
-    seed: 'N',
-    above_zero: 'X',
-    not_negative: 'X',
-    share: 'X',
-}  # metavar
+NUMBERS = {several: 'K', **dict.fromkeys((int, positive, seed), 'N')}  # metavar
+NUMBERS.update(dict.fromkeys((above_zero, not_negative, share), 'X'))
 
 
 def absolute(path):

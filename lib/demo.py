@@ -43,17 +43,9 @@ JUDGED = [*9 * ['{same}', '{how} {same}'], *7 * ['{same} and {same}'], '{same} r
 JUDGED += [*NEGATED.split(', '), 'neither {other} nor {other}']
 CLAUSES = ['the {thing} was {judged}', 'the {thing} felt {judged}']
 CLAUSES += ['{who} found the {thing} {judged}', '{who} called the {thing} {judged}']
-SENTENCES = [
-    *3 * ['{main}'],
-    *5 * ['{when} {main}'],
-    *8 * ['{main} and {main}'],
-    '{side} but {main}',
-]
-SENTENCES += [
-    '{side}, yet {main}',
-    'although {side}, {main}',
-    'despite the {other} {thing}, {main}',
-]
+SENTENCES = [*3 * ['{main}'], *5 * ['{when} {main}'], *8 * ['{main} and {main}']]
+SENTENCES += ['{side} but {main}', '{side}, yet {main}', 'although {side}, {main}']
+SENTENCES += ['despite the {other} {thing}, {main}']
 # fraction of new words per draw: at 0.03 about 3 % of the test rows depend on a new adjective; the
 # other kinds decide nothing
 NEW_AT_TEST = dict(good=0.03, bad=0.03, thing=0.15, how=0.15, who=0.15, when=0.15)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 
 
@@ -76,12 +77,12 @@ def write_atomic(path, content, every_rank=False):
 
     content: str, bytes, or a function that writes to the binary file it is given.  every_rank: a
     cache, which all ranks write."""
-    path = os.path.realpath(path)  # of a link what it points to
     if not (WRITES or every_rank):
         path = os.devnull  # what content computes may need this rank as well
     special = os.path.exists(path) and not os.path.isfile(path)  # a device, a pipe: stays
+    path = path if special else os.path.realpath(path)  # of a link what it points to
     # os.replace is atomic only inside one file system
-    temp = path if special else f'{path}.{os.getpid()}.tmp'
+    temp = path if special else f'{path}.{os.getpid()}.{threading.get_ident()}.tmp'
     make_folder(os.path.dirname(path))
     try:
         with open(temp, 'wb') as f:
@@ -192,6 +193,20 @@ def parse_json(text):
         return json.loads(text)
     except RecursionError:
         raise ValueError('it is nested too deeply') from None
+
+
+def log_rows(path):
+    """The rows {key: value} of a log.jsonl, without those that a crash has cut off or damaged; []
+    if there is none."""
+    lines = read_bytes(path).decode('utf-8', 'replace') if os.path.isfile(path) else ''
+    rows = []
+    for line in lines.splitlines():
+        with contextlib.suppress(ValueError):
+            row = parse_json(line)
+            known = isinstance(row, dict) and type(row.get('step')) is int
+            if known and all(isinstance(v, (int, float, str)) for v in row.values()):
+                rows.append(row)
+    return rows
 
 
 def read_bytes(path):

@@ -6,17 +6,8 @@ import os
 import sys
 import textwrap
 
-from lib.cli import (
-    DATA_SETS,
-    above_zero,
-    absolute,
-    group,
-    not_negative,
-    positive,
-    seed,
-    several,
-    share,
-)
+from lib import cli
+from lib.cli import DATA_SETS, above_zero, absolute, group, not_negative, positive, seed, share
 from lib.download import SHORT
 from lib.files import Unavailable, UserError
 from lib.textfiles import is_separator
@@ -175,7 +166,7 @@ def system_flags(p):
 def fold_flags(p):
     add = group(p, 'cross-validation')
     text = 'K runs in --out, each on all but a K-th of the training rows, and suspects.csv'
-    add('--folds', text, several)
+    add('--folds', text, cli.several)
     p.add_argument('--fold', type=int, help=argparse.SUPPRESS)  # 0 = first: one run of --folds
 
 

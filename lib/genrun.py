@@ -8,20 +8,9 @@ import re
 import torch
 
 import lora
-from lib import (
-    base,
-    checkpoints,
-    classes,
-    device,
-    fast,
-    files,
-    flags,
-    peft,
-    ranks,
-    rundata,
-    runfolder,
-    training,
-)
+from lib import base, checkpoints, classes, files, flags, peft, ranks, rundata, runfolder, training
+from lib.device import place
+from lib.fast import speed_up
 from lib.files import UserError
 from lib.versions import versions
 from model import GPT
@@ -193,9 +182,9 @@ def build(run, kind):
     trained, total = lora.count(model)
     run.info['parameters'] = dict(trainable=trained, total=total)
     lines = lora.describe(model, wrapped) + runfolder.notes(model, args.method)
-    device.place(model, run.dev, run.dtype)
+    place(model, run.dev, run.dtype)
     if not args.plain:
-        fast.speed_up(model, run.dev, run.dtype, pack=not args.compile)
+        speed_up(model, run.dev, run.dtype, pack=not args.compile)
     training.wrap_blocks(model, args)
     model.forward = model.logprob  # what DistributedDataParallel calls
     return model, read, lines

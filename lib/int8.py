@@ -114,8 +114,8 @@ def multiply(q, blocks, scales, zeros, offset=None):
 def activations():
     """How inputs are rounded -> the first and the last integer. 8 bits where the kernel adds
     products exactly; CPUs without VNNI add pairs of them in 16 bits, which is exact for 7 bits.
-    Without sign: for signed inputs oneDNN has kernels only where there is AMX, else a loop that takes
-    4,000 times as long. Raises UserError where there is no kernel."""
+    Without sign: for signed inputs oneDNN has kernels only where there is AMX, elsewhere a loop of
+    4,000 times the time. Raises UserError where there is no kernel."""
     if missing := [name for name in KERNELS if not hasattr(torch.ops.onednn, name)]:
         where = f'torch.ops.onednn.{missing[0]}'
         raise UserError(f'this torch has no int8 kernels ({where}): use --dtype fp32')

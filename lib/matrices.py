@@ -35,13 +35,8 @@ class Packed:
     def possible(cls, device, dtype):
         """Can this torch pack, and does it pay on this processor?"""
         ops = ('_reorder_linear_weight', '_linear_pointwise')
-        return (
-            device.type == 'cpu'
-            and dtype == cls.dtype
-            and torch.backends.mkldnn.is_available()
-            and cls.pays()
-            and all(hasattr(torch.ops.mkldnn, op) for op in ops)
-        )
+        fits = device.type == 'cpu' and dtype == cls.dtype and torch.backends.mkldnn.is_available()
+        return fits and cls.pays() and all(hasattr(torch.ops.mkldnn, op) for op in ops)
 
     @staticmethod
     def pays():
@@ -181,9 +176,8 @@ def multiply(x, blocks, shape, bias):
 
 def packing(device, dtype):
     """-> the class of packed matrices for products in this precision, or None."""
-    return next(
-        (kind for kind in (Packed, MKLPacked32, Packed32) if kind.possible(device, dtype)), None
-    )
+    kinds = (Packed, MKLPacked32, Packed32)
+    return next((kind for kind in kinds if kind.possible(device, dtype)), None)
 
 
 class Unpacked:
@@ -192,9 +186,8 @@ class Unpacked:
     dtype, slope, joins = torch.float64, False, True
 
     def __init__(self, W, bias=None, backward=True):
-        self.W, self.bias = W.detach().to(self.dtype), bias
-        if bias is not None:
-            self.bias = bias.detach().to(self.dtype)
+        self.W = W.detach().to(self.dtype)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
 
     def product(self, x, gelu=False):
         y = F.linear(x, self.W.t(), self.bias)

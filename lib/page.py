@@ -31,8 +31,7 @@ def write(path, run, source, texts, y, scored):
     rows; scored: run_metrics() of them, in the order of run.labels."""
     (m, probs, pred), name = scored, run.path
     heading = html.escape(f'{run.info["method"]}, {source}')
-    log = os.path.join(name, 'log.jsonl')
-    series = read_log(log) if os.path.isfile(log) else {}
+    series = read_log(os.path.join(name, 'log.jsonl'))
     body = [f'<h1>{html.escape(name)}</h1><p>{heading}</p>']
     body += [scores(m, probs, y, run.labels), classes(m, run.labels), confusion(m, run.labels)]
     body += [curves(series), calibration(probs, y), errors(run, texts, y, probs, pred)]

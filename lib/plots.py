@@ -23,6 +23,11 @@ def figure_class():
     return Figure
 
 
+def plain(text):
+    """For matplotlib, to which $...$ is a formula."""
+    return text.replace('$', r'\$')
+
+
 def check_plots(folder):
     """Raise UserError without matplotlib, or where `folder` cannot be made: before the work."""
     figure_class()
@@ -41,17 +46,13 @@ def whole_numbers(n=9):
 
 
 def read_log(path):
-    """log.jsonl -> {key: (steps, values)}. The last line counts for a step that was logged again
-    after a resume."""
-    from lib.training import log_row  # here: it imports torch
-
+    """log.jsonl -> {key: (steps, values)}, {} without one. The last line counts for a step that was
+    logged again after a resume."""
     series = {}
-    with open(path, encoding='utf-8', errors='replace') as f:
-        for line in f:
-            row = log_row(line) or {}  # None: a line cut off by a kill
-            for key in ('loss', 'train_accuracy', 'val_loss', 'val_accuracy', 'val_auc'):
-                if type(row.get(key)) in (int, float):
-                    series.setdefault(key, {})[row['step']] = row[key]
+    for row in files.log_rows(path):
+        for key in ('loss', 'train_accuracy', 'val_loss', 'val_accuracy', 'val_auc'):
+            if type(row.get(key)) in (int, float):
+                series.setdefault(key, {})[row['step']] = row[key]
     return {key: tuple(zip(*sorted(points.items()))) for key, points in series.items()}
 
 
@@ -59,10 +60,12 @@ def plot(folder, names, labels, y, every, results, logs):
     """Write curves.png (if there are logs), confusion.png and reliability.png (if there are
     probabilities) -> their paths. every: probs (N, K) or None of each run; y (N,) class ids;
     results: metrics() of each run; logs: read_log() of each run, {} without one."""
-    names, figures = [short(name, 28) for name in names], {}
+    names, figures = [plain(short(name, 28)) for name in names], {}
     if any(logs):
         figures['curves.png'] = curves(names, logs)
-    figures['confusion.png'] = confusion(names, [short(label, 18) for label in labels], results)
+    figures['confusion.png'] = confusion(
+        names, [plain(short(label, 18)) for label in labels], results
+    )
     if every[0] is not None:
         figures['reliability.png'] = calibration(names, y, every, results)
     for name, fig in figures.items():

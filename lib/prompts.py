@@ -5,29 +5,15 @@ from lib import files
 from lib.files import UserError
 
 REVIEWS = dict(negative='A negative movie review:\n', positive='A positive movie review:\n')
-PROMPTS = {
-    'sst2': REVIEWS,
-    'imdb': REVIEWS,
-    'agnews': {
-        'World': 'World news:\n',
-        'Sports': 'Sports news:\n',
-        'Business': 'Business news:\n',
-        'Sci/Tech': 'Science and technology news:\n',
-    },
-    'sms': {'ham': 'A text message from a friend:\n', 'spam': 'An advertising text message:\n'},
-}
+NEWS = dict(World='World news:\n', Sports='Sports news:\n', Business='Business news:\n')
+NEWS['Sci/Tech'] = 'Science and technology news:\n'
+MESSAGES = dict(ham='A text message from a friend:\n', spam='An advertising text message:\n')
+PROMPTS = dict(sst2=REVIEWS, imdb=REVIEWS, agnews=NEWS, sms=MESSAGES)
 SENTIMENT = dict(negative='\nSentiment: negative', positive='\nSentiment: positive')
-ANSWERS = {
-    'sst2': SENTIMENT,
-    'imdb': SENTIMENT,
-    'agnews': {
-        'World': '\nTopic: world',
-        'Sports': '\nTopic: sports',
-        'Business': '\nTopic: business',
-        'Sci/Tech': '\nTopic: technology',
-    },
-    'sms': {'ham': '\nThis message is from a friend', 'spam': '\nThis message is spam'},
-}
+TOPICS = dict(World='world', Sports='sports', Business='business')
+TOPICS = {label: f'\nTopic: {word}' for label, word in {**TOPICS, 'Sci/Tech': 'technology'}.items()}
+SOURCES = dict(ham='\nThis message is from a friend', spam='\nThis message is spam')
+ANSWERS = dict(sst2=SENTIMENT, imdb=SENTIMENT, agnews=TOPICS, sms=SOURCES)
 
 
 def prompts_of(args, labels):

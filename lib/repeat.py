@@ -96,10 +96,8 @@ def out_of_fold(args, paths):
     info = runfolder.read_run(paths[0])
     info['args']['folds'] = None
     ds = rundata.own_data(info, args.data_dir)
-    of, probs = (
-        folds(ds.train, args.folds, args.split_seed),
-        np.empty((len(ds.train.y), len(ds.labels))),
-    )
+    of = folds(ds.train, args.folds, args.split_seed)
+    probs = np.empty((len(ds.train.y), len(ds.labels)))
     for i, path in enumerate(paths):
         rows = np.flatnonzero(of == i)
         opened = runs.open_run(path, args.device, args.dtype, args.data_dir, args.plain)

@@ -41,12 +41,9 @@ def load_resume(out):
     if not os.path.isfile(path):
         raise UserError(f'--resume: {out} holds no interrupted run (no resume.pt)')
     saved = load_pickle(path, 'remove it and start the run again', mapped=False)
-    if (
-        not isinstance(saved, dict)
-        or not isinstance(saved.get('args'), dict)
-        or type(saved.get('step')) is not int
-        or saved['step'] < 0
-    ):
+    saved = saved if isinstance(saved, dict) else {}
+    step = saved.get('step')
+    if not isinstance(saved.get('args'), dict) or type(step) is not int or step < 0:
         raise UserError(f'{path} was not written by a training script; remove it and start again')
     return {**saved, 'due': saved.get('due') is True}
 

@@ -21,14 +21,9 @@ def by_method(paths, infos):
     which methods of this kind differ. Raises UserError if no method has two runs, or two of its
     runs have the same seed."""
     kinds = ['gen-' * (info.get('kind') == 'gen') + info['method'] for info in infos]
-    flags = [
-        {
-            k: v
-            for k, v in info['args'].items()
-            if k not in ASIDE and v is not None and v is not False
-        }
-        for info in infos  # of older runs some flags are missing: like those that are off
-    ]
+    flags = [{k: v for k, v in info['args'].items() if k not in ASIDE} for info in infos]
+    # of older runs some flags are missing: like those that are off
+    flags = [{k: v for k, v in f.items() if v is not None and v is not False} for f in flags]
     keys = [(kind, json.dumps(flag, sort_keys=True)) for kind, flag in zip(kinds, flags)]
     groups = [[i for i, other in enumerate(keys) if other == key] for key in dict.fromkeys(keys)]
     if max(map(len, groups)) < 2:

@@ -19,12 +19,8 @@ TO_CSV = "with pandas: read_parquet(FILE).to_csv('data.csv', index=False)"
 ADVICE['.parquet'] = f'convert it to CSV, {TO_CSV}'
 TO_JSONL = "with pandas: read_json(FILE).to_json('data.jsonl', orient='records', lines=True)"
 ADVICE['.json'] = f'name it .jsonl if it has an object per line, else convert it, {TO_JSONL}'
-MARKS = {
-    b'\xff\xfe\0\0': 'utf-32',
-    b'\0\0\xfe\xff': 'utf-32',
-    b'\xff\xfe': 'utf-16',
-    b'\xfe\xff': 'utf-16',
-}
+MARKS = {b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32'}
+MARKS.update({b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'})
 
 
 def kind_of(path):

@@ -178,17 +178,11 @@ class Log:
 
     def __init__(self, out, plan, texts, done=0, extra=None, device=None):
         self.path, self.plan, self.texts = os.path.join(out, 'log.jsonl'), plan, texts
-        self.extra, kept = extra or {}, []
+        self.extra, rows = extra or {}, files.log_rows(self.path) if done else []
         self.hits = device and torch.zeros((), dtype=torch.int64, device=device)
-        if done and os.path.isfile(self.path):
-            with open(self.path, encoding='utf-8', errors='replace') as f:
-                lines = [line for line in f if line.endswith('\n')]
-            rows = [(line, log_row(line) or {}) for line in lines]
-            rows = [
-                (line, row) for line, row in rows if 'stopped' not in row
-            ]  # stops() says it again
-            kept = [line for line, row in rows if row.get('step', done + 1) <= done]
-        files.write_atomic(self.path, ''.join(kept))
+        # stops() says again that it stopped
+        kept = [row for row in rows if row['step'] <= done and 'stopped' not in row]
+        files.write_atomic(self.path, ''.join(json.dumps(row) + '\n' for row in kept))
         self.restart()
 
     def restart(self):
@@ -270,14 +264,3 @@ class Log:
             text = '  '.join(parts + [f'{k} {v}' for k, v in shown if k != 'step'])
         end = '' if width and 'loss' in record else '\n'
         print(('\r\033[K' if width else '') + text, end=end, flush=True)
-
-
-def log_row(line):
-    """A line of log.jsonl -> {key: value}; None if a crash has cut it off or damaged it."""
-    try:
-        row = files.parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict) or type(row.get('step')) is not int:
-        return None
-    return row if all(isinstance(v, (int, float, str)) for v in row.values()) else None
