@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.packed import GELU, FastConv1D, FastLoRA, Taped, ThinLoRA, wide
+from lib.packed import GELU, FastConv1D, FastLoRA, Taped, ThinLoRA, frozen, wide
 from lora import Adapter, LoRA
 from model import MLP, Attention, Block, Conv1D
 
@@ -36,10 +36,6 @@ def make_block(block, matrix):
     if not all(known) or any(map(changed, block.modules())):
         return None
     return FastBlock(block, attn, mlp, matrix)
-
-
-def frozen(module):
-    return not any(p.requires_grad for p in module.parameters())
 
 
 def changed(module):
@@ -163,6 +159,7 @@ class FastBlock:
     def __init__(self, block, attn, mlp, matrix):
         self.block, self.attn, self.mlp = block, FastAttention(attn, matrix), FastMLP(mlp, matrix)
         self.inside = list(block.modules())
+        self.frozen = [p for p in block.parameters() if not p.requires_grad]
         self.layers = (self.attn.c_attn, self.attn.c_proj, self.mlp.c_fc, self.mlp.c_proj)
         self.one_node = (
             all(isinstance(layer, (FastConv1D, FastLoRA)) for layer in self.layers)
@@ -175,7 +172,7 @@ class FastBlock:
     def __call__(self, x, last=None, rows=None):
         """x (B, T, C), or (n, C) with rows -> the same; with last (B,), one position of each text
         -> (B, 1, C): all that a classifier needs of the last block, a quarter of its work."""
-        if any(map(has_hooks, self.inside)):  # registered since
+        if any(map(has_hooks, self.inside)) or self.thawed():
             return type(self.block).forward(self.block, x)
         if last is None and self.one_node and torch.is_grad_enabled() and not self.drops():
             weights = [w for layer in self.layers for w in layer.weights]
@@ -188,6 +185,10 @@ class FastBlock:
             x = x.unsqueeze(1)
         x = x + h
         return x + adapted(block.mlp, self.mlp(block.ln_2(x)))
+
+    def thawed(self):
+        """Has something begun to train that was frozen when this was made?"""
+        return any(p.requires_grad for p in self.frozen)
 
     def drops(self):
         """Does GPT-2's own dropout drop anything?"""

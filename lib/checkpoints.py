@@ -27,7 +27,9 @@ SIZES = ('n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size')
 def has_plain_tensors(model):
     """Does a module have tensors that are neither parameters nor buffers, as an edit may make? They
     must be computed, which the meta device does not do."""
-    return any(torch.is_tensor(value) for m in model.modules() for value in vars(m).values())
+    values = [value for m in model.modules() for value in vars(m).values()]
+    inside = [x for value in values if isinstance(value, (tuple, list)) for x in value]
+    return any(map(torch.is_tensor, values + inside))
 
 
 def model_folder(where, data_dir=None):
@@ -80,7 +82,8 @@ def folder_tensors(folder):
             name = name[len('transformer.') :] if name.startswith('transformer.') else name
             if name in tensors:
                 raise UserError(f'{path}: {name} appears twice in the weights; keep one of them')
-            if not name.endswith(('.attn.bias', '.attn.masked_bias')):
+            mask = name.endswith('.attn.bias') and t.shape[:-2] == (1, 1)  # (1, 1, T, T)
+            if not mask and not name.endswith('.attn.masked_bias'):
                 tensors[name] = t
     head = tensors.pop('lm_head.weight', None)
     wte = tensors.get('wte.weight', head)
@@ -97,8 +100,9 @@ def base_sha256(folder):
 
 
 def read_config(folder, tensors, where, shapes):
-    """{name of SIZES: int} from config.json. Without one, from `shapes` {name: Config}: of the
-    published name `where`, or of the only shape that the tensors match."""
+    """{field of Config: value} from config.json. Without one, from `shapes` {name: Config}: of the
+    published name `where`, or of the only shape that the tensors match. Fields that an edit added
+    to Config are those of the file, else those of `where`."""
     path = os.path.join(folder, 'config.json')
     if not os.path.isfile(path):
         return guess_config(folder, tensors, where, shapes)
@@ -117,7 +121,11 @@ def read_config(folder, tensors, where, shapes):
     valid = all(type(s) is int and 0 < s < 10**7 for s in sizes)
     if not valid or sizes[2] % sizes[1] or sizes[0] > 1000:
         raise UserError(f'{path}: sizes that make no sense: ({", ".join(names)}) = {tuple(sizes)}')
-    return dict(zip(SIZES, sizes))
+    added = vars(shapes[where if where in shapes else next(iter(shapes))])
+    added = {
+        name: c.get(name, value) for name, value in added.items() if where in shapes or name in c
+    }
+    return {**added, **dict(zip(SIZES, sizes))}
 
 
 def guess_config(folder, tensors, where, shapes):
@@ -150,6 +158,7 @@ def save_hf(folder, cfg, state, labels=None):
     config = dict(model_type='gpt2', architectures=[kind], vocab_size=cfg.vocab_size)
     config.update(n_positions=cfg.block_size, n_embd=cfg.n_embd, n_layer=cfg.n_layer)
     config.update(n_head=cfg.n_head, activation_function='gelu_new', layer_norm_epsilon=1e-5)
+    config.update({k: v for k, v in vars(cfg).items() if k not in SIZES})  # of an edit
     config.update(class_names(labels, end) if labels else {}, bos_token_id=end, eos_token_id=end)
     plain = {n if n == 'score.weight' else f'transformer.{n}': t for n, t in state.items()}
     save_safetensors(os.path.join(folder, 'model.safetensors'), plain)

@@ -92,4 +92,6 @@ def place(model, device, dtype):
             p.data = before.to(device, torch.float32 if exact else dtype)
             if p.data is not before:
                 give_back(before)
+        for name, b in m.named_buffers(recurse=False):  # of an edit: GPT-2 has none
+            setattr(m, name, b.to(device))
     return model

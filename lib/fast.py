@@ -28,6 +28,8 @@ def speed_up(model, device, dtype, pack=True, matrix=None):
     matrix, checked, plain = matrix or floats, {}, {}  # plain: {what runs as written: why}
     for block in model.h if pack else ():
         if not install(block, make_block, matrix, checked, plain):
+            if names := shipped.edited(block, made=True):
+                plain.setdefault('Block', as_written(names))
             for layer in list(block.modules()):
                 if isinstance(layer, (Conv1D, LoRA)):
                     install(layer, make_layer, matrix, checked, plain)
@@ -102,7 +104,9 @@ def keep_freed_memory():
 
 
 def classify(self, ids, lengths):  # the last block at each text's last token alone
-    if not len(self.h) or any(map(has_hooks, self.modules())):  # a tail of lib/frozen.py; hooks
+    blocks = [fast for fast in map(fast_forward, self.h) if isinstance(fast, FastBlock)]
+    touched = any(map(has_hooks, self.modules())) or any(block.thawed() for block in blocks)
+    if touched or not len(self.h):  # the head alone, of lib/frozen.py
         return type(self).classify(self, ids, lengths)
     x = self.embed(ids)
     last = x.shape[1] - ids.shape[1] + lengths - 1  # prompt vectors shift positions

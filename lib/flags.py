@@ -38,7 +38,7 @@ class OldTruncate(argparse.Action):
 
 def model_name(text):
     """A type for Parser: openai-community/gpt2 is gpt2, unless it is a folder."""
-    return text if os.path.isdir(text) else SHORT.get(text, text)
+    return os.path.abspath(text) if os.path.isdir(text) else SHORT.get(text, text)
 
 
 def training_dtype(text):

@@ -2,12 +2,10 @@
 calls cache(); the model knows nothing of it."""
 
 import contextlib
-import copy
 import hashlib
 import os
 import shutil
 import time
-from types import MethodType
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from lib.versions import code_of
 VERSION = 2  # of the files; raise it when their content changes
 LIMIT = 8 * 2**30  # bytes of them in the cache: SST-2's are 1.3 GB, those of the head alone 0.2 GB
 OTHER_IDS = 'frozen blocks are cached, but a step reads other token ids than the cache: add --plain'
+THAWED = 'frozen blocks are cached, but one of them has begun to train: add --plain'
 DAY = 24 * 60 * 60  # seconds; a file that nobody has written to for so long is nobody's
 
 
@@ -68,8 +67,8 @@ def cache(model, splits, max_length, keep, device, dtype):
 
 
 class Feed:
-    """.net(ids, lengths, states) -> logits, as the model(ids, lengths) gives them; .states[name]
-    (index) -> states of those rows of a split."""
+    """.net(ids, lengths, states) -> logits, as the .net.model(ids, lengths) gives them;
+    .states[name](index) -> states of those rows of a split."""
 
     def __init__(self, model, depth, splits, where, fresh):
         others = [p.requires_grad for n, p in model.named_parameters() if n[:6] != 'score.']
@@ -85,7 +84,7 @@ class Feed:
         """Are the logits of a few rows of a split those of the model, to rounding, in evaluation
         and in training?"""
         training, same = model.training, True
-        index = np.arange(min(8, len(tokens)))
+        index = np.unique([*range(min(8, len(tokens))), *np.argsort(-tokens.lengths)[:4]])
         ids, n = data.collate(tokens, index, max_length, keep, model.end, device)
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         for mode in (False, True):
@@ -108,9 +107,10 @@ class Head:
 
     def __init__(self, model):
         self.model = model
+        self.frozen = [p for p in model.parameters() if not p.requires_grad]
 
     def __call__(self, ids, lengths, states):
-        check_ids(states, ids)
+        check(states, ids, self.frozen)
         return self.model.score(states)
 
     def states_of(self, ids, lengths):
@@ -131,34 +131,43 @@ class Tail:
     pooled = False
 
     def __init__(self, model, depth):
-        self.front, self.tail = part(model, model.h[:depth]), part(model, model.h[depth:])
-        self.model = model
-        self.front._modules['ln_f'] = nn.Identity()
+        self.model, self.front, self.tail = model, model.h[:depth], model.h[depth:]
+        below = nn.ModuleList((*self.front, model.wte, model.wpe))
+        self.frozen = list(below.parameters())
 
     def __call__(self, ids, lengths, states):
-        check_ids(states, ids)
-        self.tail.embed, self.tail.training = (lambda *_: states), self.model.training
-        return self.tail(ids, lengths)
+        check(states, ids, self.frozen)
+        with only(self.model, h=self.tail):
+            self.model.embed = lambda *_: states
+            try:
+                return self.model(ids, lengths)
+            finally:
+                del self.model.embed
 
     def states_of(self, ids, lengths):
-        return self.front.hidden(self.front.padded(ids))
+        with only(self.model, h=self.front, ln_f=nn.Identity()):
+            return self.model.hidden(self.model.padded(ids))
 
 
-def check_ids(states, ids):
-    """Raise UserError if a step reads other ids than those of its states, or changed them."""
+def check(states, ids, frozen):
+    """Raise UserError if a step reads other ids than those of its states, or changed them, or if
+    what the states are made with trains."""
     of, version = getattr(states, 'of', (ids, ids._version))
     if of is not ids or version != ids._version:
         raise UserError(OTHER_IDS)
+    if any(p.requires_grad for p in frozen):
+        raise UserError(THAWED)
 
 
-def part(model, blocks):
-    """The same model, with these of its blocks alone."""
-    clone = copy.copy(model)
-    clone._modules = {**model._modules, 'h': nn.ModuleList(blocks)}
-    for name, method in vars(model).items():  # of lib/fast.py
-        if isinstance(method, MethodType) and method.__self__ is model:
-            setattr(clone, name, MethodType(method.__func__, clone))
-    return clone
+@contextlib.contextmanager
+def only(model, **modules):
+    """Inside, the model has these in place of its own modules of those names."""
+    own = {name: model._modules[name] for name in modules}
+    model._modules.update(modules)
+    try:
+        yield
+    finally:
+        model._modules.update(own)
 
 
 class FrozenStates:
@@ -174,7 +183,7 @@ class FrozenStates:
         """own: files of the cache that this run needs as well."""
         lengths = np.minimum(tokens.lengths, max_length)
         self.pooled, self.device = net.pooled, device
-        self.tokens, self.cut, self.compared = tokens, (max_length, keep, model.end), False
+        self.tokens, self.cut = tokens, (max_length, keep, model.end)
         read = np.full_like(lengths, model.pad_to) if model.pooling == 'pad' else lengths
         self.rows = np.ones_like(lengths) if net.pooled else read
         order = np.argsort(-lengths, kind='stable')  # that of in_batches
@@ -214,12 +223,12 @@ class FrozenStates:
     def __call__(self, index, ids=None):
         if ids is None:
             return self.read(index, 0)
-        if self.device.type == 'cpu' and not self.compared:  # a GPU would be waited for
-            want, self.compared = data.collate(self.tokens, index, *self.cut)[0], True
+        if self.device.type == 'cpu':  # a GPU would be waited for
+            want = data.collate(self.tokens, index, *self.cut)[0]
             if not torch.equal(want, ids[:, : want.shape[1]]):
                 raise UserError(OTHER_IDS)
         states = self.read(index, ids.shape[1])
-        states.of = ids, ids._version  # for check_ids
+        states.of = ids, ids._version  # for check()
         return states
 
     def read(self, index, width):
@@ -276,7 +285,8 @@ def make_room(folder, size, own=()):
 def key_of(model, tokens, settings):
     """Hash of all that the states depend on: settings, code, frozen weights, texts."""
     code = code_of({c for m in model.modules() for c in type(m).__mro__})
-    h = hashlib.sha256(repr((VERSION, model.cfg, settings, code)).encode())
+    read = shipped.code(data.collate)
+    h = hashlib.sha256(repr((VERSION, model.cfg, settings, code, read)).encode())
     weights = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     for name, t in {**weights, **dict(model.named_buffers())}.items():
         h.update(name.encode())

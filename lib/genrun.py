@@ -8,10 +8,10 @@ import re
 import torch
 
 import lora
-from lib import base, checkpoints, classes, files, flags, peft, ranks, rundata, runfolder, training
-from lib.device import place
+from lib import base, checkpoints, classes, device, files, flags, peft, ranks, rundata, runfolder
 from lib.fast import speed_up
 from lib.files import UserError
+from lib.training import wrap_blocks
 from lib.versions import versions
 from model import GPT
 
@@ -182,10 +182,10 @@ def build(run, kind):
     trained, total = lora.count(model)
     run.info['parameters'] = dict(trainable=trained, total=total)
     lines = lora.describe(model, wrapped) + runfolder.notes(model, args.method)
-    place(model, run.dev, run.dtype)
+    device.place(model, run.dev, run.dtype)
     if not args.plain:
         speed_up(model, run.dev, run.dtype, pack=not args.compile)
-    training.wrap_blocks(model, args)
+    wrap_blocks(model, args)
     model.forward = model.logprob  # what DistributedDataParallel calls
     return model, read, lines
 

@@ -31,6 +31,9 @@ class Packed:
         self.blocks, self.backward_blocks = self.pack(W.t()), None
         give_back(W)
 
+    def __deepcopy__(self, memo):  # of an average of the weights, say: frozen ones are the same
+        return self
+
     @classmethod
     def possible(cls, device, dtype):
         """Can this torch pack, and does it pay on this processor?"""

@@ -75,6 +75,10 @@ class GELU:
 # --- layers: callables that take the place of a module's forward ---
 
 
+def frozen(module):
+    return not any(p.requires_grad for p in module.parameters())
+
+
 class FastConv1D:
     """Conv1D that is frozen. matrix: Packed or Unpacked."""
 
@@ -90,6 +94,8 @@ class FastConv1D:
         return self.packed
 
     def __call__(self, x, gelu=False):  # (..., in) -> (..., out); gelu: GELU of it
+        if not frozen(self.conv):  # it began to train
+            return type(self.conv).forward(self.conv, x)
         x = x.to(self.matrix.dtype)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.pack().product(x, gelu)
@@ -120,6 +126,8 @@ class FastLoRA:
         return self.lora.A, self.lora.B
 
     def __call__(self, x, gelu=False):
+        if not frozen(self.lora.base):
+            return type(self.lora).forward(self.lora, x)
         x = x.to(self.matrix.dtype)
         if self.folds(x, gelu):
             return self.fold(x, gelu)

@@ -114,7 +114,8 @@ def load_adapters(path, model, bottleneck):
     tensors = load_safetensors(os.path.join(path, 'adapter.safetensors'))
 
     def fill_all(model):
-        fill(model, tensors, {n: n for n in lora.trainables(model)}, path)
+        known = {n for n, _ in model.named_parameters()} & tensors.keys()
+        fill(model, tensors, {n: n for n in known | lora.trainables(model).keys()}, path)
 
     add_filled(model, lambda m: lora.adapt(m, 'adapter', bottleneck=bottleneck), fill_all)
 

@@ -79,9 +79,9 @@ def gathered(own, order):
 
 def class_logits(model, tokens, *where, net=None, states=None, **options):
     """Logits (N, K) float32 numpy of every text of `tokens`, in their order. where: max_length,
-    keep, device, dtype.  net: what computes them, default the model; states: see
-    lib/frozen.py."""
-    net = net or model
+    keep, device, dtype.  net, states: of lib/frozen.py, for a model whose blocks are cached."""
+    if net is None or net.model is not model:  # an average of its weights, say
+        net, states = model, None
 
     def fn(ids, n, index):
         return net(ids, n, states(index)) if states else net(ids, n)

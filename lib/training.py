@@ -34,14 +34,10 @@ class Plan:
         self.args, self.lengths, self.batches, self.lr = args, lengths, batches, lr
         self.tokens, self.cached = args.batch_tokens, (None, [])  # epoch, rows of its steps
         self.ends = [0]  # steps up to the end of each epoch that was looked at
-        self.epoch_steps = self.steps_of(0)
-        if not epochs:
-            self.max_steps = max_steps
-        elif self.tokens:  # their epochs differ in length
-            before = sum(map(self.steps_of, range(int(epochs))))
-            self.max_steps = before + math.ceil(epochs % 1 * self.steps_of(int(epochs)))
-        else:
-            self.max_steps = math.ceil(epochs * self.epoch_steps)
+        self.epoch_steps, self.max_steps = len(self.epoch(0)), max_steps
+        if epochs:  # they may differ in length
+            before = sum(len(self.epoch(i)) for i in range(int(epochs)))
+            self.max_steps = before + math.ceil(epochs % 1 * len(self.epoch(int(epochs))))
         self.eval_every = args.eval_every or max(1, math.ceil(self.max_steps / 4))
 
     def __str__(self):
@@ -65,16 +61,10 @@ class Plan:
             self.cached = number, rows
         return self.cached[1]
 
-    def steps_of(self, epoch):
-        """Number of steps of an epoch."""
-        if self.tokens:
-            return len(self.epoch(epoch))
-        return math.ceil(len(self.lengths) / (self.args.batch_size * self.args.grad_accum))
-
     def rows(self, step):
         """Training rows of a step; 1 is the first."""
         while self.ends[-1] < step:
-            self.ends.append(self.ends[-1] + self.steps_of(len(self.ends) - 1))
+            self.ends.append(self.ends[-1] + len(self.epoch(len(self.ends) - 1)))
         epoch = bisect.bisect_left(self.ends, step) - 1
         return self.epoch(epoch)[step - 1 - self.ends[epoch]]
 
@@ -92,16 +82,18 @@ class Plan:
         return np.array_split(own, min(self.args.grad_accum, len(own))), factor
 
     def steps(self, opt, interrupt, done):
-        """Yield (step, rows) from step done + 1 to the last, or until a rank is interrupted. Sets
-        the learning rate, of each group of parameters in proportion to its first one, and seeds
-        dropout."""
-        ratios = [group['lr'] / self.lr for group in opt.param_groups]
+        """Yield (step, rows) from step done + 1 to the last, or until a rank is interrupted. Seeds
+        dropout, and sets the learning rate of each group of parameters in proportion to its first
+        one, but where a scheduler of torch.optim does that."""
+        firsts = {}  # by group: one may be added later
         for step in range(done, self.max_steps):
             if ranks.any_rank(interrupt.requested):
                 return
-            self.rate = lr_at(step, self.max_steps, self.lr, self.args.warmup, self.args.schedule)
-            for group, ratio in zip(opt.param_groups, ratios):
-                group['lr'] = ratio * self.rate
+            share = lr_at(step, self.max_steps, 1.0, self.args.warmup, self.args.schedule)
+            for i, group in enumerate(opt.param_groups):
+                if 'initial_lr' not in group:  # a scheduler's
+                    group['lr'] = firsts.setdefault(i, group['lr']) * share
+            self.rate = max(group['lr'] for group in opt.param_groups)  # for the log
             seed_step(self.args.seed, step)
             yield step + 1, self.rows(step + 1)
 

@@ -106,11 +106,12 @@ class FastVocabulary:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         if self.matrix and self.packed is None:
             self.packed = packed_vocabulary(W, self.matrix)
+        packed = None if W.requires_grad else self.packed  # it may have begun to train
         with torch.autocast(kind, enabled=False):
             W = W.to(dtype)
             if kind != 'cpu':  # boolean indexing would synchronize
                 out = NextLogprobs.apply(h.flatten(0, 1).to(dtype), W, target.flatten(), None)
                 return out.view(target.shape).where(scored, 0.0)
             out = torch.zeros(target.shape, device=h.device)
-            out[scored] = NextLogprobs.apply(h[scored].to(dtype), W, target[scored], self.packed)
+            out[scored] = NextLogprobs.apply(h[scored].to(dtype), W, target[scored], packed)
             return out

@@ -1,39 +1,53 @@
 """Edits of model.py and lora.py: what they add trains, is saved, resumed and loaded again."""
 
 import contextlib
+import dataclasses
 import functools
+import math
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
 
+import data
+import lib.base
+import lib.frozen
 import lib.genrun
 import lib.runfolder
 import lib.training
 import lora
+import model as model_module
 import predict
 import train_cls
 import train_gen
 from lib import export
 from lib.checkpoints import NAMES
+from lib.device import autocast
+from lib.device import place as place_on
+from lib.fast import speed_up
 from lib.files import UserError
 from lib.metrics import metrics, softmax
 from lib.resume import load_resume
 from lib.rundata import own_data
 from lib.runs import open_run
 from lib.tensors import load_safetensors
+from lib.tokens import tokenize, tokenizer
 from lora import LoRA
-from model import GPT, MLP, Block, Config
+from model import GPT, MLP, SHAPES, Attention, Block, Config
 from tests.helpers import (
     FLAGS,
     METHODS,
     Stop,
+    far,
+    fresh_cache,
     patched,
     raises,
     records,
     save_hf,
     script,
+    stirred,
     stop_here,
     table,
     tmp,
@@ -338,3 +352,160 @@ def test_optimizers_of_an_edit():
             raises(Stop, train_cls.main, ['--resume', '--out', again])
         for n, t in load_resume(again)['params'].items():
             assert torch.equal(t, whole[n]), n
+
+
+def test_schedulers_of_torch_set_the_rate():
+    """Groups that a scheduler of torch.optim has taken over keep its rates; the log shows what the
+    optimizer takes."""
+    make, schedulers = lib.training.make_optimizer, []
+    for start in (
+        lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, lambda step: min(1, (step + 1) / 4)),
+        lambda opt: torch.optim.lr_scheduler.StepLR(opt, 2, 0.1),
+    ):
+        want = [0.1 * g for g in ((0.25, 0.5, 0.75, 1.0) if not schedulers else (1, 1, 0.1, 0.1))]
+
+        def optimizer(model, lr, weight_decay, start=start):
+            opt = make(model, 0.1, weight_decay)
+            schedulers.append(start(opt))
+            return opt
+
+        def step(self, *a, before=torch.optim.AdamW.step):
+            found = before(self, *a)
+            schedulers[-1].step()  # at the end of a step
+            return found
+
+        with patched(lib.training, 'make_optimizer', optimizer):
+            with patched(torch.optim.AdamW, 'step', step):
+                out, _ = train(*argv('--lora', '--log_every', '1', '--max_steps', '4'))
+        rates = [row['lr'] for row in records(out) if 'loss' in row]
+        assert np.allclose(rates, want), (rates, want)
+
+
+def test_what_begins_to_train_later_trains():
+    """Whatever is unfrozen after speed_up: in the kernels it runs as written, beside cached states
+    it is told so."""
+    ids, n = torch.randint(256, (3, 9)), torch.tensor([9, 4, 7])
+    for method, dtype in (
+        ('lora', torch.float32),
+        ('head', torch.float32),
+        ('lora', torch.bfloat16),
+    ):
+        for part in ('h.0.ln_1', 'h.1.mlp.c_fc', 'h.0.attn.c_attn', 'wte'):
+            grads = []
+            for fast in (False, True):
+                torch.manual_seed(0)
+                model = GPT(Config(2, 2, 32, 16, 257), 2).init_weights()
+                lora.adapt(model, method, **METHODS[method])
+                place_on(stirred(model), torch.device('cpu'), dtype)
+                if fast:
+                    speed_up(model, torch.device('cpu'), dtype)
+                    model.classify(ids, n).sum().backward()
+                module = model.get_submodule(part)
+                module.float().requires_grad_(True)  # an embedding was rounded
+                model.eval().zero_grad()
+                with autocast(torch.device('cpu'), dtype):
+                    model.classify(ids, n).float().logsumexp(1).sum().backward()
+                grads.append([p.grad for p in module.parameters() if p.requires_grad])
+            for a, b in zip(*grads):
+                limit = 1e-4 if dtype == torch.float32 else 0.1
+                assert b is not None and far(b, a) < limit, (method, dtype, part)
+    tokens = tokenize(tokenizer('bytes'), ['some text', 'another', 'a third one'])
+    model = GPT(Config(2, 2, 32, 16, 257), 2).init_weights()
+    lora.adapt(model, 'last', last=1)
+    how = 16, 'first', torch.device('cpu'), torch.float32
+    with fresh_cache():
+        feed = lib.frozen.cache(model, dict(train=tokens), *how)
+    index = np.arange(3)
+    ids, n = data.collate(tokens, index, 16, 'first', 256)
+    feed.net(ids, n, feed.states['train'](index, ids))
+    model.h[0].ln_2.requires_grad_(True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.requires_grad_, False)
+        raises(
+            UserError, feed.net, ids, n, feed.states['train'](index, ids), match='begun to train'
+        )
+
+
+def test_a_field_added_to_the_config_is_kept():
+    """It shapes the model; the run folder holds it, with LoRA in the folder of its base."""
+
+    @dataclasses.dataclass
+    class Wider(Config):
+        factor: float = 1.0
+
+    before = GPT.classify
+
+    def classify(self, ids, lengths):
+        return before(self, ids, lengths) * self.cfg.factor
+
+    shapes = {name: Wider(**vars(cfg)) for name, cfg in SHAPES.items()}
+    shapes['nano'].factor = 3.0
+    shape = '--model nano --scratch --n_layer 2 --n_head 2 --n_embd 32'.split()
+    with patched(model_module, 'Config', Wider), patched(lib.base, 'SHAPES', shapes):
+        with patched(model_module, 'SHAPES', shapes), patched(GPT, 'classify', classify):
+            for method in ('--full', '--lora'):
+                out, _ = train(*argv(method), *shape)
+                run = open_run(out, 'cpu', 'fp32')
+                assert run.model.cfg == Wider(2, 2, 32, 256, 257, 3.0), (method, run.model.cfg)
+
+
+def test_names_and_tuples_that_gpt2_has_otherwise():
+    """A parameter `bias` of an Attention is no mask; tables in a tuple are computed, not loaded."""
+    start = Attention.__init__
+
+    def init(self, cfg):
+        start(self, cfg)
+        self.bias = nn.Parameter(torch.ones(cfg.n_head, 1, 1))
+        self.tables = torch.arange(3.0), [torch.ones(2)]
+
+    with patched(Attention, '__init__', init):
+        shape = '--model nano --scratch --n_layer 2 --n_head 2 --n_embd 32'.split()
+        for method in ('--full', '--lora'):
+            out, _ = train(*argv(method), *shape)
+            model = open_run(out, 'cpu', 'fp32').model
+            assert model.h[1].attn.bias.shape == (2, 1, 1)
+            assert torch.equal(model.h[0].attn.tables[0], torch.arange(3.0))
+
+
+def test_layer_norms_beside_adapters():
+    """What the script unfreezes after adapt() is saved with the adapters, and read again."""
+    adapt = lora.adapt
+
+    def thawed(model, *a, **k):
+        wrapped = adapt(model, *a, **k)
+        model.h[0].ln_1.requires_grad_(True)
+        return wrapped
+
+    with patched(train_cls.lora, 'adapt', thawed), patched(train_cls, 'test', stop_here):
+        out = os.path.join(tmp(), 'run')
+        raises(Stop, train_cls.main, argv('--adapter', '--lr', '1e-2', '--out', out))
+    tensors = load_safetensors(os.path.join(out, 'adapter.safetensors'))
+    model = open_run(out, 'cpu', 'fp32').model
+    assert torch.equal(model.h[0].ln_1.weight, tensors['h.0.ln_1.weight'])
+    assert tensors['h.0.ln_1.weight'].std() > 1e-4
+
+
+def test_buffers_go_to_the_device():
+    with torch.device('meta'):  # a device that every machine has
+        model = GPT(Config(1, 2, 32, 16, 257), 2)
+    model.h[0].register_buffer('table', torch.ones(3), persistent=False)
+    place_on(model, torch.device('meta'), torch.float32)
+    assert model.h[0].table.device.type == 'meta'
+
+
+def test_batches_of_another_number():
+    """An edit of data.batches may leave rows out, or read some twice."""
+    for change in (lambda plan: plan[:-1], lambda plan: plan + plan[:3]):
+
+        def batches(*a, change=change):
+            return change(data.batches(*a))
+
+        lengths = np.arange(1, 100)
+        sizes = [len(batches(lengths, 10, 3, epoch)) for epoch in range(3)]
+        flags = dict(batch_tokens=None, batch_size=10, grad_accum=1, seed=3, eval_every=None)
+        plan = lib.training.Plan(SimpleNamespace(**flags), lengths, batches, 0, 2.5, 1e-3)
+        assert plan.max_steps == sum(sizes[:2]) + math.ceil(sizes[2] / 2)
+        for step in range(1, plan.max_steps + 1):
+            assert len(plan.rows(step))
+        rows = plan.rows(sizes[0] + 1)
+        assert np.array_equal(rows, batches(lengths, 10, 3, 1)[0])

@@ -1,5 +1,6 @@
 """lib/frozen.py: cached output of frozen blocks."""
 
+import copy
 import os
 import time
 import unittest.mock
@@ -105,6 +106,45 @@ def test_frozen_states_of_other_ids_are_refused():
             raises(UserError, feed.net, ids + 1, n, known, match='other token ids')
             ids[0, 0] += 1
             raises(UserError, feed.net, ids, n, known, match='other token ids')
+
+
+def test_edits_around_frozen_states():
+    """Another data.collate has states of its own, tokens that are replaced in a later step are
+    noticed, another model is not given the cached ones, and what classify leaves in the model is
+    of this step."""
+
+    def kept(self, ids, lengths):
+        self.pooled = self.pool(self.hidden(ids), lengths)
+        return self.score(self.pooled)
+
+    def other(tokens, index, *a, collate=data.collate, **k):
+        ids, n = collate(tokens, index, *a, **k)
+        ids[n == 30, :5] = 7  # of long texts alone
+        return ids, n
+
+    index, later = np.arange(2), np.arange(2, 5)
+    with fresh_cache(), patched(GPT, 'classify', kept):
+        model, tokens, how = example('last', last=1)
+        feed = frozen.cache(model, dict(train=tokens), *how)
+        states = feed.states['train']
+        ids, n = data.collate(tokens, index, 30, 'first', 256)
+        feed.net(ids, n, states(index, ids)).sum().backward()
+        assert model.pooled.shape == (2, 64) and model.pooled.requires_grad
+        assert len(model.h) == SMALL.n_layer and 'embed' not in vars(model)
+        ids, n = data.collate(tokens, later, 30, 'first', 256)
+        ids[1, 0] += 1
+        raises(UserError, states, later, ids, match='other token ids')
+        model.pooled = None  # of a graph, which is not copied
+        mean = copy.deepcopy(model)
+        with torch.no_grad():
+            mean.h[0].mlp.c_fc.weight.mul_(2)
+        got = class_logits(mean, tokens, *how, net=feed.net, states=states)
+        assert np.array_equal(got, class_logits(mean, tokens, *how))
+        with patched(data, 'collate', other):
+            feed = frozen.cache(model, dict(train=tokens), *how)
+            assert len(os.listdir(cached('frozen'))) == 2
+            got = class_logits(model, tokens, *how, net=feed.net, states=feed.states['train'])
+            assert np.allclose(got, class_logits(model, tokens, *how), atol=1e-4)
 
 
 def test_frozen_states_that_a_gpu_has_room_for():
