@@ -159,8 +159,6 @@ def rows_of(run, args):
     if args.file:
         form = tables.Format.of(vars(args), like=rundata.form_of(run.info))
         return tables.read_rows(args.file, form)
-    if not args.text:
-        sys.stdin.reconfigure(encoding='utf-8', errors='replace')
     texts = args.text or (line.rstrip('\r\n') for line in sys.stdin)
     return ((dict(text=text), text) for text in texts)
 
@@ -184,6 +182,9 @@ def main(argv=None):
     paragraphs, lengths, table = [], [], args.out and Table.of(args.out)
     screen = sys.stdout.isatty() and not args.out
     painted = screen and coloured(sys.stdout)
+
+    if not args.text and not args.file:
+        sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
 
     def show(row, record):
         if table:
@@ -210,7 +211,7 @@ def main(argv=None):
     if args.html:
         page = PAGE.format(title=html.escape(args.run), legend=LEGEND, body=''.join(paragraphs))
         files.write_atomic(args.html, page)
-    if lengths and not args.windows:
+    if lengths and not args.windows and ranks.rank() == 0:
         for note in cut_note(np.concatenate(lengths), run.args['max_length']):
             print(note, file=sys.stderr)
 

@@ -232,6 +232,7 @@ def test(args, ds, best):
     files.write_json(os.path.join(args.out, 'eval_results.json'), results)
     if files.WRITES:
         os.remove(os.path.join(args.out, 'resume.pt'))
+    files.release(args.out)
     rows = counted(len(ds.test.y), 'row')
     print(f'\n{best}; test ({args.data}, {rows}):')
     print(report(results, ds.labels))

@@ -49,7 +49,7 @@ def pick_device(device='auto', dtype='auto'):
     try:
         device = torch.device(device)
         torch.empty(1, device=device).item()  # not of 'meta', which holds no numbers
-    except (RuntimeError, AssertionError) as e:
+    except (RuntimeError, AssertionError, ImportError) as e:
         raise UserError(f'--device {device}: {str(e).splitlines()[0]}') from None
     if dtype != 'auto':
         if dtype == 'fp16' and device.type == 'cpu':

@@ -113,7 +113,7 @@ def claim(folder):
 
 def remove_leftovers(folder):
     """Remove the temporary files that a killed process left in a run folder, in its base/ and in
-    its *.part/: files that write_atomic names NAME.PID.tmp. Called once the folder is accepted."""
+    its *.part/: those of write_atomic, NAME.PID.THREAD.tmp. Called once the folder is accepted."""
     inside = glob.escape(folder)
     for pattern in ('*.tmp', os.path.join('base', '*.tmp'), os.path.join('*.part', '*.tmp')):
         for path in glob.glob(os.path.join(inside, pattern)) if WRITES else ():

@@ -229,7 +229,7 @@ def finish_phase(run, phase, best):
         with files.locked(run.args.out):
             os.rename(phase.work, finished)
             classes.promote(finished, run.args.out)
-        files.release(phase.work)
+    files.release(phase.work)
     ranks.barrier()  # the other ranks find it in its place
     run.best = best
 

@@ -45,7 +45,6 @@ def several_runs(main, args, given, argv):
         else:
             flags = ['--resume'] if state == 'interrupted' else [*argv, *more.split()]
             state = main([*flags, '--out', path])
-            files.release(path)
         if cli.exit_code(state):
             print('run the same command again to go on with the others', file=sys.stderr)
             return state
@@ -117,7 +116,7 @@ def suspects(args, out, paths):
     own = probs[rows, y]
     order = [i for i in np.argsort(own, kind='stable') if best[i] != y[i]]
     content = io.StringIO(newline='')
-    table = csv.writer(content, lineterminator='\n')
+    table = csv.writer(content)
     table.writerow(COLUMNS)
     for i in order:
         pair = (ds.labels[y[i]], f'{own[i]:.6f}', ds.labels[best[i]], f'{probs[i, best[i]]:.6f}')

@@ -170,7 +170,7 @@ def read_table(path, form=GUESSED, notes=None):
             rows.append((text_of(where, r, text_cols), mend(y).strip()))
     if missing and not (form.drop_unlabelled and rows):
         why = f'is missing, as in {len(missing):,} of {len(table):,} rows'
-        hint = 'complete them, or leave them out with --drop_unlabelled'
+        hint = 'complete them' + ', or add --drop_unlabelled' * (not form.drop_unlabelled)
         raise UserError(f'{missing[0]}: the label {label_col!r} {why}; {hint}')
     notes += [f'{counted(len(missing), "row")} of {path} without a label dropped'] * bool(missing)
     return rows, form._replace(text_col=text_col, label_col=label_col)

@@ -112,7 +112,7 @@ def undecodable(path, codec, encoding, e):
             raw = f.read()
         raw.decode(codec)
     except UnicodeDecodeError as e:
-        line = raw[: e.start].decode(codec, 'replace').count('\n') + 1
+        line = e.object[: e.start].decode(codec, 'replace').count('\n') + 1  # without a mark
         where, why = f'{path}, line {line}', f'byte 0x{e.object[e.start]:02x}'
     except (OSError, EOFError, UnicodeError, zlib.error):
         pass

@@ -26,7 +26,7 @@ def versions():
 
 def note_edits(path, info):
     """Say so if a run (info: its run.json) was trained with another model.py or lora.py."""
-    then, now = info.get('versions', {}), versions()
+    then, now = info.get('versions') or {}, versions()
     if then.get('python') == now['python'] and then.get('code', now['code']) != now['code']:
         text = f'note: {path} was trained with another model.py or lora.py than those here'
         print(f'{text}, which compute its results now', file=sys.stderr)

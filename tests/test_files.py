@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import torch
@@ -73,6 +74,28 @@ def test_links_and_pipes_are_written_to():
     write_atomic(pipe, 'text')
     assert os.read(reader, 10) == b'text' and not os.path.isfile(pipe)
     os.close(reader)
+    near, far = os.pipe()  # without a path of its own
+    write_atomic(f'/dev/fd/{far}', 'text')
+    assert os.read(near, 10) == b'text'
+    os.close(near), os.close(far)
+
+
+def test_threads_write_one_file():
+    path, failed = os.path.join(tmp(), 'f.json'), []
+
+    def writes(value):
+        try:
+            for _ in range(100):
+                write_atomic(path, value)
+        except OSError as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=writes, args=(str(i),)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and read_bytes(path) in (b'0', b'1', b'2', b'3')
 
 
 def test_only_own_leftovers_go():

@@ -39,10 +39,15 @@ from tests.helpers import (
     write,
 )
 
+MARKED = b'\xef\xbb\xbfone\n\nthree\xff'  # with a byte order mark
+
 
 class Terminal(io.StringIO):
     def isatty(self):
         return True
+
+    def reconfigure(self, **how):
+        self.how = how
 
 
 def typing(*texts):
@@ -88,9 +93,10 @@ def test_predict_inputs():
         assert pairs[0] == pairs[1], name
         for a, b in zip(got, want):
             assert all(abs(a['probs'][k] - b['probs'][k]) < 1e-5 for k in a['probs'])
-    with patched(sys, 'stdin', io.TextIOWrapper(io.BytesIO(b'one\n\nthree\xff'), encoding='utf-8')):
+    with patched(sys, 'stdin', io.TextIOWrapper(io.BytesIO(MARKED), encoding='utf-8')):
         lines = script(predict.main, [out])[1].splitlines()
-    assert len(lines) == 3 and all(s.split('\t')[0] in ('negative', 'positive') for s in lines)
+    assert lines[0].endswith('\tone') and len(lines) == 3
+    assert all(s.split('\t')[0] in ('negative', 'positive') for s in lines)
     lines = script(predict.main, [out, '--json', '--threshold', '0.9999', *texts])[1].splitlines()
     rows = [json.loads(s) for s in lines]
     assert all(r['label'] is None for r in rows)
@@ -131,12 +137,13 @@ def test_explain_is_leave_one_out():
 def test_predict_on_a_terminal():
     """Without texts on a terminal: a prompt until the end of the input; --explain paints the
     tokens."""
-    screen, typed = Terminal(), typing('the song was warm')
-    stdin, keyboard = patched(sys, 'stdin', Terminal()), patched(builtins, 'input', typed)
+    screen, typed, keys = Terminal(), typing('the song was warm'), Terminal()
+    stdin, keyboard = patched(sys, 'stdin', keys), patched(builtins, 'input', typed)
     with stdin, keyboard, contextlib.redirect_stdout(screen):
         predict.main([tiny_run('full'), '--explain'])
     text = screen.getvalue()
     assert 'negative, positive' in text and '\tthe song was warm' in text
+    assert keys.how['errors'] == 'replace'  # a byte that is not UTF-8 does not end it
     assert re.sub('\033[^m]*m', '', text).count('the song was warm') == 2 and '\033[48;5;' in text
 
 
@@ -324,7 +331,8 @@ def test_predict_a_table():
     out, folder = tiny_run('full'), tmp()
     run = open_run(out, 'cpu', 'fp32')
     texts = ['the song was warm', 'it said "dull,\nand messy"', '', 'plain; text']
-    rows = [['7', t, 'x;y', 'old'] for t in texts]
+    rows = [['7', t, 'x;y', 'old'] for t in texts] + [['8', texts[3], 'a\rb\nc', '']]
+    texts += texts[3:]
     for kind, sep in (('csv', ';'), ('tsv', '\t'), ('csv.gz', ',')):
         source = os.path.join(folder, f'in.{kind}')
         opener = gzip.open if kind.endswith('gz') else open
