@@ -214,9 +214,9 @@ def batches(lengths, batch_size, seed, epoch, tokens=None):
     of WINDOW batches by length, cuts them into batches, shuffles these.  A pure function; each row
     comes exactly once; only one batch may be smaller.
 
-    lengths: (n,) tokens per row as they will be fed (cut to --max_length before).  tokens: a batch
-    is batch_size pieces of as many rows as fit so many tokens, padding included; epochs can then
-    differ in their number of batches"""
+    lengths: (n,) tokens per row as they will be fed (cut to --max_length before).  tokens: cut into
+    pieces of at most so many tokens, padding included, and batch_size pieces are a batch; epochs
+    can then differ in their number of batches."""
     rng, lengths = np.random.RandomState([seed % 2**32, epoch]), np.asarray(lengths)
     order, plan, size = rng.permutation(len(lengths)), [], batch_size * WINDOW
     if tokens and len(order):

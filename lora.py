@@ -39,7 +39,8 @@ class LoRA(nn.Module):
         y = self.base(x)
         x = F.dropout(x, self.p, self.training)
         x = x.reshape(*self.A.shape[:-2], -1, x.shape[-1])  # (n, in), or (K, n / K, in)
-        return y + (x @ self.A.mT * self.scale @ self.B.mT).view(y.shape)
+        thin = self.scale * (x @ self.A.mT)
+        return y + (thin @ self.B.mT).view(y.shape)
 
     def delta(self, index=None):
         """scale * B A in float32, in the layout of the base weight. index: which of K classes."""
@@ -71,8 +72,8 @@ class Adapter(nn.Module):
 def layers(model, top=None, blocks=None):
     """{name: layer} of every Conv1D and nn.Linear in the blocks; top: in the last so many; blocks:
     in those of these numbers."""
-    n = len(model.h)
-    chosen = [i for i in range(n) if i >= n - (top or n) and (blocks is None or i in blocks)]
+    first = len(model.h) - top if top else 0
+    chosen = [i for i in range(first, len(model.h)) if blocks is None or i in blocks]
     return {
         f'h.{i}.{name}': layer
         for i in chosen
@@ -143,9 +144,11 @@ def adapt(
 ):  # fmt: skip
     """Freeze what is frozen and add what is added for a method of the training scripts.
     -> names of the wrapped layers"""
-    wrapped = []
-    for name, p in model.named_parameters():  # with every method: what an edit added to GPT-2
-        p.requires_grad_(method in ('full', 'pretrain', 'prefix') or not NAMES.fullmatch(name))
+    wrapped, everything = [], method in ('full', 'pretrain', 'prefix')
+    for name, p in model.named_parameters():
+        p.requires_grad_(
+            everything or not NAMES.fullmatch(name)
+        )  # what an edit added always trains
     if method == 'lora':
         wrapped = add_lora(model, r, alpha, dropout, targets, top=top)
     elif method == 'adapter':

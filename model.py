@@ -216,13 +216,13 @@ class GPT(nn.Module):
         (B, T) float32, 0 where not scored. In pieces that backward recomputes, so that (B, T, V) is
         never held."""
 
-        def logprob(h, target):  # (M, C), (M,) -> (M,)
+        def of_piece(h, target):  # (M, C), (M,) -> (M,)
             return -F.cross_entropy(self.next_logits(h), target, reduction='none')
 
         pieces = zip(h[scored].split(PIECE), target[scored].split(PIECE))
         with torch.autocast(h.device.type, enabled=False):
             again = dict(use_reentrant=False)  # backward computes the logits again
-            found = [checkpoint.checkpoint(logprob, *piece, **again) for piece in pieces]
+            found = [checkpoint.checkpoint(of_piece, *piece, **again) for piece in pieces]
         return torch.zeros(target.shape, device=h.device).masked_scatter(scored, torch.cat(found))
 
     def logprob(self, ids, lengths, ends, context=(), first=None, of=None):

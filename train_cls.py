@@ -123,7 +123,7 @@ def main(argv=None):
     params, net = lora.trainables(model), ranks.wrap(model.train())
     opt = training.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
-    state = params, opt, scaler  # what resume.pt holds; for more, {**params, name: tensor}
+    state = params, opt, scaler  # what resume.pt holds; to add to it: {**params, 'mine': tensor}
 
     # --- the steps ---
     lengths = np.minimum(train.lengths, args.max_length)  # (N,) tokens that are read
@@ -135,11 +135,18 @@ def main(argv=None):
     print('\n'.join(summary.describe(args, ds, train, model.cfg, (dev, dtype, reason)) + facts))
     changed = given - {'lr', 'data', 'model', 'max_steps', 'epochs', *flags.METHODS['cls']}
     print(f'{plan}{plan.hint(given)}, lr {args.lr:g}{summary.flags(args, changed)}', flush=True)
+    done, best = restore(resumed, *state) if resumed else (0, None)  # steps, score
+    log = training.Log(args.out, plan, ds.train.texts, done, device=dev)
+    if not resumed:
+        save_resume(args.out, args, 0, None, *state)  # from here on the run can be resumed
+    cacheable = plan.max_steps > plan.epoch_steps and ranks.world_size() == 1 and not args.plain
+    feed = frozen.cache(model, dict(train=train, val=val), *where) if cacheable else None
+    net = feed.net if feed else net  # reads the cached output of the frozen blocks
 
     def batch_of(index):
         """Rows index (B,) of the training split -> arguments of loss_of. (Other splits, and new
         texts, are read by lib/scoring.py.)"""
-        width = GRAPH_WIDTH if graphs else 1  # T is a multiple of it
+        width = GRAPH_WIDTH if args.cuda_graphs else 1  # T is a multiple of it
         ids, n = data.collate(train, index, args.max_length, args.keep, model.end, dev, width)
         batch = ids, n, data.to_device(torch.from_numpy(ds.train.y[index]), dev)
         return (*batch, feed.states['train'](index, ids)) if feed else batch
@@ -173,14 +180,7 @@ def main(argv=None):
         log.restart()
         return best
 
-    done, best = restore(resumed, *state) if resumed else (0, None)  # steps, score
-    log = training.Log(args.out, plan, ds.train.texts, done, device=dev)
     graphs = Graphs(loss_of, params.values(), scaler, [log.hits]) if args.cuda_graphs else None
-    if not resumed:
-        save_resume(args.out, args, 0, None, *state)  # from here on the run can be resumed
-    cacheable = plan.max_steps > plan.epoch_steps and ranks.world_size() == 1 and not args.plain
-    feed = frozen.cache(model, dict(train=train, val=val), *where) if cacheable else None
-    net = feed.net if feed else net
 
     # --- loop ---
     with memory_advice(args), interruptible() as interrupt:

@@ -509,3 +509,17 @@ def test_batches_of_another_number():
             assert len(plan.rows(step))
         rows = plan.rows(sizes[0] + 1)
         assert np.array_equal(rows, batches(lengths, 10, 3, 1)[0])
+
+
+def test_a_block_of_other_parts_is_named():
+    """Its forward is the known one, what it is made of is not."""
+    before = Block.__init__
+
+    def init(self, cfg):
+        before(self, cfg)
+        self.ln_1 = nn.RMSNorm(cfg.n_embd)
+
+    shape = '--model nano --scratch --n_layer 2 --n_head 2 --n_embd 32'.split()
+    with patched(Block, '__init__', init):
+        _, _, err = script(train_cls.main, [*argv('--lora'), *shape])
+    assert err.count('note: no faster version of Block: Block.__init__ edited') >= 1, err
