@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from lib import cli, files
 from lib.files import UserError
-from lib.rundata import check, own_data, seen
+from lib.rundata import check, seen
 from lib.tables import Format
 
 # --- folders ---
@@ -98,12 +98,11 @@ def leaked(old, args, ds):
         return []
     texts = ds.val.texts + ds.test.texts
     try:
-        were = seen(args.out, texts)
-        if were is None:
-            trained = set(own_data(old, args.data_dir).train.texts)
-            were = np.array([text in trained for text in texts])
+        were, problem = seen(args.out, texts), 'are not known'
     except UserError as e:
-        problem = f'the training rows of the other classes cannot be read any more ({e})'
+        were, problem = None, f'cannot be read any more ({e})'
+    if were is None:
+        problem = f'the training rows of the other classes {problem}'
         return [f'{problem}; if some of them are test rows now, the results are optimistic']
     text = (
         f'{were.sum():,} of the validation and test texts were training rows of the other classes'

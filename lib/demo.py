@@ -1,25 +1,16 @@
 """The demo: synthetic reviews that data.py offers without a network, and `nano`, a small language
-model of them in lib/nano, which lib/checkpoints.py loads. `python -m lib.demo` trains nano again, a
-quarter of an hour on one core.
+model of them in lib/nano, made by docs/nano.py. Called by data.py and lib/checkpoints.py.
 
 A clause is good or bad by its adjective unless a negation turns it around; if two clauses disagree,
 the main one decides. Words after the bar never appear in the labelled train split. The unlabelled
 text has them next to words that give them away ("warm and radiant"), so only a model that has read
 it can know them."""
 
-import hashlib
 import os
 import random
 import re
-import subprocess
-import sys
-import tempfile
-
-from lib import files, tensors
 
 NANO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'nano')
-NANO_FLAGS = '--pretrain --data demo --model nano --scratch --dtype fp32 --batch_size 16 --lr 3e-3'
-NANO_FLAGS += ' --schedule cosine --max_steps 6400 --eval_every 6400 --log_every 400 --seed 0'
 THINGS = 'song plot cast ending garden hotel script museum market voyage dinner lecture hall '
 THINGS += 'painting journey staff menu dance poem campsite beach tower ferry concert'
 PEOPLE = (
@@ -102,37 +93,3 @@ def unlabelled(n=20000):
     """n sentences of the same grammar with all its words and no labels, for a language model."""
     rng = random.Random(2)
     return [sentence(rng, rng.random() < 0.5, NEW_UNLABELLED) for _ in range(n)]
-
-
-def make_nano(folder=NANO):
-    """Train nano and write it to a folder."""
-    top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    with tempfile.TemporaryDirectory() as run:
-        command = [sys.executable, 'train_gen.py', *NANO_FLAGS.split(), '--out', run]
-        subprocess.run(command, cwd=top, check=True)
-        pack_nano(run, folder)
-
-
-def pack_nano(run, folder):
-    """From a run that trained it: weights in float16, which halves the file, config.json, and
-    made.json, which says how it was made."""
-    files.make_folder(folder)
-    weights = tensors.load_safetensors(os.path.join(run, 'model.safetensors'))
-    path = os.path.join(folder, 'model.safetensors')
-    tensors.save_safetensors(path, {name: t.half() for name, t in weights.items()})
-    config = files.read_json(os.path.join(run, 'config.json'))
-    files.write_json(os.path.join(folder, 'config.json'), config)
-    log = os.path.join(run, 'log.jsonl')
-    rows = map(files.parse_json, files.decode(files.read_bytes(log), log).splitlines())
-    losses = [{k: r[k] for k in ('step', 'loss', 'val_loss') if k in r} for r in rows]
-    made = dict(command=f'python train_gen.py {NANO_FLAGS}', texts=texts_sha256(), losses=losses)
-    files.write_json(os.path.join(folder, 'made.json'), made)
-
-
-def texts_sha256():
-    """Of what nano has read."""
-    return hashlib.sha256('\n'.join(unlabelled()).encode()).hexdigest()
-
-
-if __name__ == '__main__':
-    make_nano(*sys.argv[1:2])

@@ -3,7 +3,6 @@ Called by train_cls.py, train_gen.py and lib/genflags.py."""
 
 import argparse
 import os
-import sys
 import textwrap
 
 from lib import cli
@@ -26,14 +25,6 @@ LR_SCRATCH, LR_NANO = 3e-4, dict(cls=3e-3, gen=6e-3)  # nano: LoRA on the demo's
 STEPS, STEPS_NANO = 800, dict(cls=400, gen=600)  # nano: LoRA on it, where 800 gain little
 # every matrix of a block: better than attention alone at the same number of parameters
 TARGETS = 'c_attn,attn.c_proj,c_fc,mlp.c_proj'
-
-
-class OldTruncate(argparse.Action):
-    """--truncate head|tail, the old name of --keep first|last."""
-
-    def __call__(self, parser, namespace, value, option=None):
-        namespace.keep = dict(head='first', tail='last')[value]
-        print(f'note: --truncate {value} is now --keep {namespace.keep}', file=sys.stderr)
 
 
 def model_name(text):
@@ -81,8 +72,6 @@ def data_flags(p):
     table_flags(add)
     add('--max_length', 'cut texts to N tokens; SST-2 has at most 65', positive, 128)
     add('--keep', 'which tokens of a longer text to keep', ('first', 'last'), 'first')
-    old = dict(action=OldTruncate, dest='keep', choices=('head', 'tail'), help=argparse.SUPPRESS)
-    p.add_argument('--truncate', default=argparse.SUPPRESS, **old)
     text = 'train on at most N rows per class, picked with --split_seed (default: all)'
     add('--max_samples', text, positive)
     add('--balance', 'drop rows until all classes are as small as the smallest', bool)

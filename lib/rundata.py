@@ -5,7 +5,6 @@ lib/classes.py.
 train_texts.bin in a run folder holds little-endian 64-bit hashes: of the training, validation and
 test rows, then of each training text, sorted."""
 
-import contextlib
 import hashlib
 import os
 
@@ -162,10 +161,6 @@ def overlap(args, infos, ds):
             line = 'not trained here: it may have seen these texts in training'
         elif several or args.data or args.test:
             line, were = 'trained on an unknown number of these texts', seen(path, texts)
-            if were is None:  # an older run
-                with contextlib.suppress(UserError):
-                    known = set(own_data(info, args.data_dir).train.texts)
-                    were = np.array([text in known for text in texts], bool)
             if were is not None:
                 line = f'trained on {were.sum():,} of these {len(texts):,} texts'
                 unfair = sum(hit and text not in own for hit, text in zip(were, texts))

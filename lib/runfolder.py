@@ -152,9 +152,6 @@ def read_run(path):
     known = isinstance(info, dict) and all(k in info for k in ('labels', 'method', 'args', 'base'))
     if not known or info['method'] not in METHODS.get(str(info.get('kind', 'cls')), ()):
         raise UserError(f'{record} is not one that train_cls.py or train_gen.py wrote')
-    for key in ('args', 'pending'):
-        if isinstance(info.get(key), dict):
-            info[key] = upgraded(info[key], info.get('kind', 'cls'))
     wrong = malformed(info)
     if wrong:
         problem = f'{wrong} is missing or malformed'
@@ -172,17 +169,6 @@ def update_results(path, results):
     else:
         kept = f'eval_results.json keeps the results of {before}'
         print(f'note: {kept}; these are of {results["dtype"]}', file=sys.stderr)
-
-
-def upgraded(args, kind):
-    """Flags of an older run, with the names of today."""
-    older = dict(plain=False, split_seed=args.get('seed'), drop_unlabelled=False)
-    older.update(dict.fromkeys(('sep', 'encoding', 'eval_samples', 'patience')), select='accuracy')
-    older.update(dict(pool='last', folds=None, fold=None) if kind == 'cls' else {})
-    args = {**args, **{name: value for name, value in older.items() if name not in args}}
-    if 'keep' not in args and 'truncate' in args:
-        args['keep'] = dict(head='first', tail='last').get(str(args.pop('truncate')))
-    return args
 
 
 # --- checks of run.json ---

@@ -140,24 +140,6 @@ def test_dash_and_underscore_are_the_same_flag():
         assert records(train(*TINY, '--head', flag, '2')[0])[-1]['step'] == 2
 
 
-def test_truncate_is_the_old_name_of_keep():
-    """--truncate head kept the head. It still does, with a note; --help lists the new name."""
-
-    def parsed(parse, *argv):
-        seen = []
-        _, text, err = script(lambda argv: seen.append(parse(argv)[0]), argv)
-        return seen[0].keep, text + err
-
-    for parse in (train_cls.parse, train_gen.parse):
-        for old, new in (('head', 'first'), ('tail', 'last')):
-            keep, said = parsed(parse, '--truncate', old)
-            assert keep == new and f'--keep {new}' in said, said
-        assert parsed(parse, '--keep', 'last') == ('last', '')
-    for name in ('train_cls.py', 'train_gen.py'):
-        _, text, _ = as_script(os.path.join(TOP, name), '--help')
-        assert '--keep' in text and '--truncate' not in text
-
-
 def test_steps_of_less_than_an_epoch_are_announced():
     """800 steps are 0.19 epochs of SST-2: the line that says so names the flag for more, unless
     the length was chosen."""

@@ -17,6 +17,7 @@ import lib.files
 import predict
 import train_cls
 import train_gen
+from docs import nano
 from lib.files import Unavailable, read_json
 from lib.runfolder import read_run
 from lib.scoring import text_logprobs
@@ -153,12 +154,12 @@ def test_demo_learns():
 
 def test_nano_is_what_its_command_makes():
     """lib/nano was made by the present flags on the present sentences, and its loss is the one that
-    training had at the end. `python -m lib.demo FOLDER` trains it again."""
+    training had at the end. `python docs/nano.py FOLDER` trains it again."""
     made = read_json(os.path.join(lib.demo.NANO, 'made.json'))
-    assert made['command'] == f'python train_gen.py {lib.demo.NANO_FLAGS}'
-    assert made['texts'] == lib.demo.texts_sha256(), 'the sentences changed: python -m lib.demo'
+    assert made['command'] == f'python train_gen.py {nano.FLAGS}'
+    assert made['texts'] == nano.texts_sha256(), 'the sentences changed: python docs/nano.py'
     steps = [row['step'] for row in made['losses']]
-    args, _, _ = train_gen.parse(lib.demo.NANO_FLAGS.split())
+    args, _, _ = train_gen.parse(nano.FLAGS.split())
     assert args.dtype == 'fp32' and steps[-1] == args.max_steps, (args.dtype, steps)
     enc, (_, val, _) = tokenizer('bytes'), data.load_texts('demo')
     tokens, model = tokenize(enc, val), GPT.from_pretrained('nano').eval()
@@ -179,8 +180,8 @@ def test_nano_can_be_made_again():
         assert command[:2] == [sys.executable, 'train_gen.py'] and cwd == TOP and check
         assert script(train_gen.main, command[2:])[0] == 0
 
-    with patched(lib.demo, 'NANO_FLAGS', flags), patched(subprocess, 'run', run):
-        lib.demo.make_nano(folder)
+    with patched(nano, 'FLAGS', flags), patched(subprocess, 'run', run):
+        nano.make_nano(folder)
     made = read_json(os.path.join(folder, 'made.json'))
     assert made['command'].endswith(flags) and 'val_loss' in made['losses'][-1]
     fresh, shipped = (GPT.from_pretrained(where) for where in (folder, 'nano'))

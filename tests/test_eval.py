@@ -13,11 +13,11 @@ import lib.device
 import lib.metrics
 import lib.report
 import lib.runs
+from lib import rundata
 from lib.files import UserError, read_json, write_atomic, write_json
 from lib.metrics import reliability
 from lib.plots import calibration, curves, read_log
 from lib.rundata import some_rows
-from lib.runfolder import upgraded
 from tests.helpers import (
     SHAPE,
     TINY,
@@ -282,15 +282,19 @@ def test_preds_errors():
     )
 
 
-def fake_run(labels, logits, data_args=None, log=()):
-    """A run folder whose model is a table: text 'i' gets logits[i]."""
+def fake_run(labels, logits, data_args=None, log=(), trained=()):
+    """A run folder whose model is a table: text 'i' gets logits[i]. trained: texts it has seen."""
     path = tmp()
     args = dict.fromkeys(('data_dir', 'val', 'test', 'text_col', 'label_col', 'max_samples'))
     args.update(data='fake', seed=1, balance=False, quick=False, max_length=8, keep='first')
-    args.update(data_args or {})
+    args.update(dict.fromkeys(('sep', 'encoding', 'eval_samples', 'folds', 'fold')), pool='last')
+    args.update(drop_unlabelled=False, plain=False, **(data_args or {}))
+    args.setdefault('split_seed', args['seed'])
     info = dict(labels=labels, method='head', kind='cls', model='nano', data='fake', base={})
     write_json(os.path.join(path, 'run.json'), dict(info, seed=args['seed'], args=args))
     write_json(os.path.join(path, 'table.json'), np.asarray(logits).tolist())
+    hashes = [0] * len(rundata.SPLITS) + [*rundata.text_hashes(trained)]
+    write_atomic(os.path.join(path, 'train_texts.bin'), np.array(hashes, '<u8').tobytes())
     lines = ''.join(json.dumps(row) + '\n' for row in log)
     write_atomic(os.path.join(path, 'log.jsonl'), lines + '{"step": 9, "lo')
     return path
@@ -325,7 +329,7 @@ def test_runs_labels_by_name():
     y = np.array([0, 1, 1, 0, 1, 0])
     right = 4.0 * np.eye(2)[y]  # logits that are always right
     with fake_world(['neg', 'pos'], y, train=['0', '1', 'x']) as calls:
-        a = fake_run(['neg', 'pos'], right)
+        a = fake_run(['neg', 'pos'], right, trained=['0', '1', 'x'])
         text, _ = run_eval([a])
         assert 'accuracy 1.0000' in text
         assert read_json(os.path.join(a, 'eval_results.json'))['n'] == 6
@@ -348,11 +352,9 @@ def test_runs_labels_by_name():
         assert 'is better (p = 0.031, exact binomial)' in text and '+0 rows' not in text
         assert '0 rows gained, 6 lost' in text
         run_eval([a, '--data', 'other'])
-        assert (
-            calls[-2]['name'] == 'other' and calls[-2]['seed'] == 1
-        )  # then the run's own, to count
+        assert calls[-1]['name'] == 'other' and calls[-1]['seed'] == 1
         run_eval([a, '--test', 'new.csv'])
-        assert calls[-2]['name'] == calls[-2]['test'] == calls[-2]['val'] == 'new.csv'
+        assert calls[-1]['name'] == calls[-1]['test'] == calls[-1]['val'] == 'new.csv'
         for flags in (['--device', 'cpu'], ['--dtype', 'fp32'], ['--plain']):
             run_eval([a, *flags])
         # another data set, split or way of scoring leaves it alone
@@ -508,8 +510,6 @@ def test_eval_samples():
     out = generate('--data', topics(), *SHAPE, '--full', '--max_steps', 2, '--eval_samples', 6)[0]
     assert len(read_json(os.path.join(out, 'val_preds.json'))) == 6
     assert read_json(os.path.join(out, 'eval_results.json'))['n'] > 6
-    del info['args']['eval_samples']  # of an older version
-    assert upgraded(info['args'], 'cls')['eval_samples'] is None
 
 
 def test_precision_of_the_final_test():
