@@ -8,9 +8,9 @@ import re
 import torch
 
 import lora
-from lib import base, checkpoints, classes, device, files, flags, peft, ranks, rundata, runfolder
-from lib.fast import speed_up
+from lib import base, checkpoints, classes, device, fast, files, peft, ranks, rundata, runfolder
 from lib.files import UserError
+from lib.flags import of_adapt
 from lib.training import wrap_blocks
 from lib.versions import versions
 from model import GPT
@@ -63,7 +63,7 @@ def begin(run, saved):
     run.phases = plan_phases(run, saved)
     with torch.device('meta'):  # checks --targets before the run has a folder
         outline = GPT(run.cfg)
-        lora.adapt(outline, args.method, **flags.of_adapt(args))
+        lora.adapt(outline, args.method, **of_adapt(args))
     if args.posterior_steps and args.method == 'lora' and (more := peft.extras(outline)):
         problem = f'each class trains its own {next(iter(more))}, added by an edit'
         raise UserError(f'{problem}, so --posterior_steps cannot hold all classes in one model')
@@ -172,7 +172,7 @@ def build(run, kind):
         folders = [os.path.join(args.out, run.folders[label]) for label in labels]
         peft.load_peft(folders, model, classes=len(labels))
     else:
-        wrapped = lora.adapt(model, args.method, **flags.of_adapt(args))
+        wrapped = lora.adapt(model, args.method, **of_adapt(args))
         if args.prefix:  # the vectors start as the mean embeddings of the labels
             lora.add_prompt(model, 1, classes=len(labels))
             rows = [model.wte.weight.detach()[run.enc.encode_ordinary(label)] for label in labels]
@@ -184,7 +184,7 @@ def build(run, kind):
     lines = lora.describe(model, wrapped) + runfolder.notes(model, args.method)
     device.place(model, run.dev, run.dtype)
     if not args.plain:
-        speed_up(model, run.dev, run.dtype, pack=not args.compile)
+        fast.speed_up(model, run.dev, run.dtype, pack=not args.compile)
     wrap_blocks(model, args)
     model.forward = model.logprob  # what DistributedDataParallel calls
     return model, read, lines
