@@ -145,10 +145,8 @@ def adapt(
     """Freeze what is frozen and add what is added for a method of the training scripts.
     -> names of the wrapped layers"""
     wrapped, everything = [], method in ('full', 'pretrain', 'prefix')
-    for name, p in model.named_parameters():
-        p.requires_grad_(
-            everything or not NAMES.fullmatch(name)
-        )  # what an edit added always trains
+    for name, p in model.named_parameters():  # what an edit added to GPT-2 always trains
+        p.requires_grad_(everything or not NAMES.fullmatch(name))
     if method == 'lora':
         wrapped = add_lora(model, r, alpha, dropout, targets, top=top)
     elif method == 'adapter':

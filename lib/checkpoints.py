@@ -121,11 +121,9 @@ def read_config(folder, tensors, where, shapes):
     valid = all(type(s) is int and 0 < s < 10**7 for s in sizes)
     if not valid or sizes[2] % sizes[1] or sizes[0] > 1000:
         raise UserError(f'{path}: sizes that make no sense: ({", ".join(names)}) = {tuple(sizes)}')
-    added = vars(shapes[where if where in shapes else next(iter(shapes))])
-    added = {
-        name: c.get(name, value) for name, value in added.items() if where in shapes or name in c
-    }
-    return {**added, **dict(zip(SIZES, sizes))}
+    fields = vars(shapes.get(where) or next(iter(shapes.values())))
+    found = {n: c.get(n, value) for n, value in fields.items() if where in shapes or n in c}
+    return {**found, **dict(zip(SIZES, sizes))}
 
 
 def guess_config(folder, tensors, where, shapes):
