@@ -13,7 +13,8 @@ if TOP not in sys.path:
 from lib import cli, files
 from lib.intervals import mean_interval
 
-RESULTS, SHAPE = os.path.join(TOP, 'docs', 'results'), '1x64'  # layers x width
+RESULTS = os.path.join(TOP, 'docs', 'results')
+SMALL, LARGE = '1x64', '6x384'  # layers x width
 NAMES = dict(sms='SMS', sst2='SST-2', agnews='AG News', imdb='IMDB')
 METHODS = (
     'naive Bayes',
@@ -26,9 +27,9 @@ SIZES = 8, 32, 128, 512, 'all'  # rows per class
 MARKED = re.compile(r'(<!-- table (\w+) -->\n).*?(<!-- end -->)', re.S)
 
 
-def experiments():
-    """The accuracies of docs/experiments.py with models of SHAPE."""
-    return [row for row in results('experiments')['rows'] if row['shape'] == SHAPE]
+def experiments(shape=SMALL):
+    """The accuracies of docs/experiments.py with models of a shape."""
+    return [row for row in results('experiments')['rows'] if row['shape'] == shape]
 
 
 def results(name):
@@ -60,20 +61,32 @@ def sets(rows):
     return [name for name in NAMES if any(r['data'] == name for r in rows)]
 
 
-def rows_per_class():
-    rows = [r for r in experiments() if r['experiment'] == 'rows']
-    lines = []
+def rows_per_class(shape=SMALL):
+    rows = [r for r in experiments(shape) if r['experiment'] == 'rows']
+    methods, lines = [m for m in METHODS if any(r['method'] == m for r in rows)], []
     for name in sets(rows):
         for size in SIZES:
-            cells = [cell(rows, data=name, condition=size, method=m) for m in METHODS]
+            cells = [cell(rows, data=name, condition=size, method=m) for m in methods]
             lines += [(NAMES[name], size, *cells)] if any(cells) else []
-    return markdown(('data', 'rows per class', *METHODS), lines, 1)
+    return markdown(('data', 'rows per class', *methods), lines, 1)
 
 
-def conditions(experiment, head, values):
-    """A line per data set and method, a column per condition of an experiment."""
-    every = experiments()
-    rows = [r for r in every if r['experiment'] == experiment]
+def larger():
+    return rows_per_class(LARGE)
+
+
+def larger_tests():
+    """What the larger models of 512 rows per class do on other rows, and with unclean ones."""
+    head = '40 % of the labels flipped', 'spurious token turned round', 'predicted'
+    head += ('at 90 : 10', 'prior moved', '50 % of the tokens dropped')
+    values = 0.4, 'turned', 'turned, predicted', 'as trained', 'moved', 0.5
+    return conditions(None, head, values, LARGE)
+
+
+def conditions(experiment, head, values, shape=SMALL):
+    """A line per data set and method, a column per condition of an experiment, or of all."""
+    every = experiments(shape)
+    rows = [r for r in every if r['experiment'] == (experiment or r['experiment'])]
     lines = []
     for name in sets(rows):
         for method in BOTH:
@@ -138,6 +151,7 @@ def measured(row):
 
 TABLES = dict(rows_per_class=rows_per_class, noise=noise, spurious=spurious, prior=prior)
 TABLES.update(drop=drop, accuracy=accuracy, base=base, summary=summary)
+TABLES.update(larger=larger, larger_tests=larger_tests)
 
 
 def filled(text):
