@@ -201,13 +201,14 @@ def plain_name(name):
 
 def trained_state(model):
     """{plain name: tensor} of what is saved over the weights as they were read: every float32
-    weight except those of LoRA, adapters and the prompt. A weight that device.place rounded is
-    frozen, so it is still as it was read."""
+    weight except those of LoRA, adapters and the prompt, and what else trains. Another weight that
+    device.place rounded is still as it was read."""
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, (LoRA, Adapter))]
     added = {f'{name}.{n}' for name, m in wrappers for n, _ in m.named_parameters()}
     added = {n for n in added if not WRAPPER.search(n)} | {'prompt'}
+    exact, trains = torch.float32, trainables(model)
     state = {n: t for n, t in model.state_dict().items() if n not in added}
-    return {plain_name(n): t for n, t in state.items() if t.dtype == torch.float32}
+    return {plain_name(n): t.float() for n, t in state.items() if t.dtype == exact or n in trains}
 
 
 def merge(model):

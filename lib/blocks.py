@@ -48,6 +48,11 @@ def has_hooks(module):
     return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
+def hooked(modules):
+    """Has one of them a hook, or torch one for all?"""
+    return nn.modules.module._has_any_global_hook() or any(map(has_hooks, modules))
+
+
 def fast_forward(module):
     """What speed_up put into the place of a module's forward, or None."""
     forward = vars(module).get('forward')
@@ -172,7 +177,7 @@ class FastBlock:
     def __call__(self, x, last=None, rows=None):
         """x (B, T, C), or (n, C) with rows -> the same; with last (B,), one position of each text
         -> (B, 1, C): all that a classifier needs of the last block, a quarter of its work."""
-        if any(map(has_hooks, self.inside)) or self.thawed():
+        if self.changed():
             return type(self.block).forward(self.block, x)
         if last is None and self.one_node and torch.is_grad_enabled() and not self.drops():
             weights = [w for layer in self.layers for w in layer.weights]
@@ -186,9 +191,11 @@ class FastBlock:
         x = x + h
         return x + adapted(block.mlp, self.mlp(block.ln_2(x)))
 
-    def thawed(self):
-        """Has something begun to train that was frozen when this was made?"""
-        return any(p.requires_grad for p in self.frozen)
+    def changed(self):
+        """Has the block got hooks or other parts, or begun to train more, since this was made?"""
+        inside = [*self.block.modules()]
+        other = inside != self.inside or any('forward' in vars(m) for m in inside[1:])
+        return other or hooked(inside) or any(p.requires_grad for p in self.frozen)
 
     def drops(self):
         """Does GPT-2's own dropout drop anything?"""

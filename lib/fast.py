@@ -12,7 +12,7 @@ import sys
 from types import MethodType
 
 from lib import ranks, selfcheck, shipped
-from lib.blocks import FastBlock, Rows, fast_forward, has_hooks, make_block, make_layer
+from lib.blocks import FastBlock, Rows, fast_forward, hooked, make_block, make_layer
 from lib.matrices import packing
 from lib.vocabulary import FastVocabulary
 from lora import LoRA
@@ -81,11 +81,6 @@ def as_written(names):
     return f'{", ".join(names)} edited, runs as written'
 
 
-def folds(device, dtype):
-    """Does speed_up add LoRA to the weights as it packs them? Then they need not be merged."""
-    return packing(device, dtype) is not None
-
-
 def keep_freed_memory():
     """Ask glibc to keep freed memory. It returns large freed blocks to the OS, and the next layer's
     activations then cost page faults: 20 % of an evaluation. Other systems are left as they are."""
@@ -105,8 +100,9 @@ def keep_freed_memory():
 
 def classify(self, ids, lengths):  # the last block at each text's last token alone
     blocks = [fast for fast in map(fast_forward, self.h) if isinstance(fast, FastBlock)]
-    touched = any(map(has_hooks, self.modules())) or any(block.thawed() for block in blocks)
-    if touched or not len(self.h):  # the head alone, of lib/frozen.py
+    known = self.pooling == 'last' and not {'hidden', 'padded', 'pool'} & vars(self).keys()
+    other = hooked(self.modules()) or any(block.changed() for block in blocks)
+    if not (known and blocks) or other:
         return type(self).classify(self, ids, lengths)
     x = self.embed(ids)
     last = x.shape[1] - ids.shape[1] + lengths - 1  # prompt vectors shift positions

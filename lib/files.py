@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -26,6 +27,8 @@ class CannotWrite(UserError):
 
 
 WRITES = True  # False in all but the first of several ranks: they write nothing but caches
+LIMIT = 8 * 2**30  # bytes in a folder of the cache: the frozen states of SST-2 take 1.3 GB
+DAY = 24 * 60 * 60  # seconds; a file that nobody has written to for so long is nobody's
 CLAIMED = {}  # {folder: descriptor} of the folders that this process holds until it ends
 
 
@@ -234,3 +237,25 @@ def sha256_file(path, kind='sha256'):
         for block in iter(lambda: f.read(1 << 20), b''):
             h.update(block)
     return h.hexdigest()
+
+
+def make_room(folder, size, own=()):
+    """Evict the least recently used files of a cache folder, but those of this run (own), until
+    `size` bytes more are within LIMIT or no other is left; and what a killed run was writing.
+    Raises UserError if the disk has less than twice the room."""
+    make_folder(folder)
+    with locked(folder):
+        known = []
+        for path in [os.path.join(folder, name) for name in os.listdir(folder)]:
+            with contextlib.suppress(FileNotFoundError):  # another run has removed it
+                stat = os.stat(path)
+                known.append((stat.st_mtime, stat.st_size, path))
+        used = sum(taken for _, taken, _ in known)
+        for last_used, taken, path in sorted(known):
+            abandoned = path.endswith('.tmp') and time.time() - last_used > DAY
+            if abandoned or used + size > LIMIT and path.endswith('.bin') and path not in own:
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(path)
+                used -= taken
+    if 2 * size > shutil.disk_usage(folder).free:
+        raise UserError(f'{folder} has no room for {size / 2**30:.1f} GB')

@@ -4,8 +4,6 @@ calls cache(); the model knows nothing of it."""
 import contextlib
 import hashlib
 import os
-import shutil
-import time
 
 import numpy as np
 import torch
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 
 import data
 from lib import files, shipped
+from lib.blocks import hooked
 from lib.device import autocast
 from lib.files import UserError
 from lib.report import counted
@@ -22,10 +21,8 @@ from lib.tensors import give_back
 from lib.versions import code_of
 
 VERSION = 2  # of the files; raise it when their content changes
-LIMIT = 8 * 2**30  # bytes of them in the cache: SST-2's are 1.3 GB, those of the head alone 0.2 GB
 OTHER_IDS = 'frozen blocks are cached, but a step reads other token ids than the cache: add --plain'
-THAWED = 'frozen blocks are cached, but one of them has begun to train: add --plain'
-DAY = 24 * 60 * 60  # seconds; a file that nobody has written to for so long is nobody's
+CHANGED = 'frozen blocks are cached, but one of them was changed or trains now: add --plain'
 
 
 def frozen_depth(model):
@@ -52,6 +49,9 @@ def cache(model, splits, max_length, keep, device, dtype):
     below = shipped.edited(model.h, model.wte, model.drop)
     if names := below + shipped.edited_methods(model, shipped.HIDDEN):
         print(f'frozen blocks are not cached: {", ".join(names)} as edited')
+        return None
+    if hooked(model.modules()):
+        print('frozen blocks are not cached: a module has a hook')
         return None
     print(f'caching the output of {counted(depth, "frozen block")}', flush=True)
     where = (max_length, keep, device, dtype)
@@ -107,10 +107,10 @@ class Head:
 
     def __init__(self, model):
         self.model = model
-        self.frozen = [p for p in model.parameters() if not p.requires_grad]
+        self.below = Below(model, [m for name, m in model.named_children() if name != 'score'])
 
     def __call__(self, ids, lengths, states):
-        check(states, ids, self.frozen)
+        check(states, ids, lengths, self.below)
         return self.model.score(states)
 
     def states_of(self, ids, lengths):
@@ -132,11 +132,10 @@ class Tail:
 
     def __init__(self, model, depth):
         self.model, self.front, self.tail = model, model.h[:depth], model.h[depth:]
-        below = nn.ModuleList((*self.front, model.wte, model.wpe))
-        self.frozen = list(below.parameters())
+        self.below = Below(model, [*self.front, model.wte, model.wpe, model.drop])
 
     def __call__(self, ids, lengths, states):
-        check(states, ids, self.frozen)
+        check(states, ids, lengths, self.below)
         with only(self.model, h=self.tail):
             self.model.embed = lambda *_: states
             try:
@@ -149,14 +148,33 @@ class Tail:
             return self.model.hidden(self.model.padded(ids))
 
 
-def check(states, ids, frozen):
-    """Raise UserError if a step reads other ids than those of its states, or changed them, or if
-    what the states are made with trains."""
+class Below:
+    """The modules that make the states, watched: do they still compute what they did?"""
+
+    def __init__(self, model, parts):
+        self.model, self.modules = model, [m for part in parts for m in part.modules()]
+        self.params = [p for m in self.modules for p in m._parameters.values() if p is not None]
+        self.drops = [m for m in self.modules if isinstance(m, nn.Dropout)]
+        self.before = self.now()
+
+    def now(self):
+        params = [(p.requires_grad, p._version) for p in self.params]
+        drops = [m.p for m in self.drops]
+        return params, drops, hooked(self.modules), self.model.pooling, [*self.model.h]
+
+
+def check(states, ids, lengths, below):
+    """Raise UserError if a step reads other ids or lengths than those of its states, or if what
+    makes the states is no longer what it was."""
     of, version = getattr(states, 'of', (ids, ids._version))
-    if of is not ids or version != ids._version:
+    same = of is ids and version == ids._version
+    if hasattr(states, 'want'):
+        want, n = states.want
+        same &= torch.equal(want, ids[:, : want.shape[1]]) and torch.equal(n, lengths)
+    if not same:
         raise UserError(OTHER_IDS)
-    if any(p.requires_grad for p in frozen):
-        raise UserError(THAWED)
+    if below.now() != below.before:
+        raise UserError(CHANGED)
 
 
 @contextlib.contextmanager
@@ -183,7 +201,7 @@ class FrozenStates:
         """own: files of the cache that this run needs as well."""
         lengths = np.minimum(tokens.lengths, max_length)
         self.pooled, self.device = net.pooled, device
-        self.tokens, self.cut = tokens, (max_length, keep, model.end)
+        self.tokens, self.cut, self.lengths = tokens, (max_length, keep, model.end), lengths
         read = np.full_like(lengths, model.pad_to) if model.pooling == 'pad' else lengths
         self.rows = np.ones_like(lengths) if net.pooled else read
         order = np.argsort(-lengths, kind='stable')  # that of in_batches
@@ -206,7 +224,7 @@ class FrozenStates:
             in_batches(write, model, tokens, max_length, keep, device, dtype, progress=True)
 
         if fresh or not has_size(path, size):
-            make_room(os.path.dirname(path), size, own)
+            files.make_room(os.path.dirname(path), size, own)
             files.write_atomic(path, compute, every_rank=True)
         with contextlib.suppress(OSError):  # a cache that is only read
             os.utime(path)  # the most recently used
@@ -223,12 +241,12 @@ class FrozenStates:
     def __call__(self, index, ids=None):
         if ids is None:
             return self.read(index, 0)
-        if self.device.type == 'cpu':  # a GPU would be waited for
-            want = data.collate(self.tokens, index, *self.cut)[0]
-            if not torch.equal(want, ids[:, : want.shape[1]]):
-                raise UserError(OTHER_IDS)
         states = self.read(index, ids.shape[1])
         states.of = ids, ids._version  # for check()
+        if self.device.type == 'cpu':  # a GPU would be waited for
+            states.want = data.collate(self.tokens, index, *self.cut)
+            if not np.array_equal(states.want[1], self.lengths[index]):
+                raise UserError(OTHER_IDS)
         return states
 
     def read(self, index, width):
@@ -257,35 +275,13 @@ def has_size(path, size):
         return False
 
 
-def make_room(folder, size, own=()):
-    """Evict the least recently used files of a cache folder, but those of this run (own), until
-    `size` bytes more are within LIMIT or no other is left; and what a killed run was writing.
-    Raises UserError if the disk has less than twice the room."""
-    files.make_folder(folder)
-    with files.locked(folder):
-        known = []
-        for path in [os.path.join(folder, name) for name in os.listdir(folder)]:
-            with contextlib.suppress(FileNotFoundError):  # another run has removed it
-                stat = os.stat(path)
-                known.append((stat.st_mtime, stat.st_size, path))
-        used = sum(taken for _, taken, _ in known)
-        for last_used, taken, path in sorted(known):
-            abandoned = path.endswith('.tmp') and time.time() - last_used > DAY
-            if abandoned or used + size > LIMIT and path.endswith('.bin') and path not in own:
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
-                used -= taken
-    if 2 * size > shutil.disk_usage(folder).free:
-        raise UserError(f'{folder} has no room for {size / 2**30:.1f} GB')
-
-
 # --- the name of a file ---
 
 
 def key_of(model, tokens, settings):
     """Hash of all that the states depend on: settings, code, frozen weights, texts."""
     code = code_of({c for m in model.modules() for c in type(m).__mro__})
-    read = shipped.code(data.collate)
+    read = shipped.code(data), shipped.code(data.collate)
     h = hashlib.sha256(repr((VERSION, model.cfg, settings, code, read)).encode())
     weights = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     for name, t in {**weights, **dict(model.named_buffers())}.items():

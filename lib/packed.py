@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import dropout
-from lib.tensors import give_back
+from lib.tensors import give_back, stamp
 
 # --- one node of autograd ---
 
@@ -86,11 +86,13 @@ class FastConv1D:
 
     def __init__(self, conv, matrix):
         self.conv, self.matrix, self.gelu, self.packed = conv, matrix, GELU(matrix), None
+        self.of = None  # what it was made of
 
     def pack(self):
-        """-> Packed, made once, when it is first needed."""
-        if self.packed is None:
-            self.packed = self.matrix(self.conv.weight, self.conv.bias)
+        """-> Packed, made when it is first needed, and again if the weights have changed."""
+        now = stamp(self.conv.weight, self.conv.bias)
+        if self.packed is None or self.of != now:
+            self.packed, self.of = self.matrix(self.conv.weight, self.conv.bias), now
         return self.packed
 
     def __call__(self, x, gelu=False):  # (..., in) -> (..., out); gelu: GELU of it
@@ -119,7 +121,7 @@ class FastLoRA:
 
     def __init__(self, lora, matrix):
         self.lora, self.matrix, self.gelu = lora, matrix, GELU(matrix)
-        self.base, self.folded = FastConv1D(lora.base, matrix), None
+        self.base, self.folded, self.of = FastConv1D(lora.base, matrix), None, None
 
     @property
     def weights(self):
@@ -151,7 +153,8 @@ class FastLoRA:
         below W are all classes' B^T, and a row has zeros for those of the others."""
         (A, B), conv = self.weights, self.lora.base
         k, r, n_in = len(A) if A.dim() == 3 else 0, *A.shape[-2:]
-        if self.folded is None:
+        now = stamp(conv.weight, conv.bias, A, B)
+        if self.folded is None or self.of != now:
             W, down, mask = conv.weight.detach(), None, None
             if k:
                 W = torch.cat((W, B.transpose(1, 2).flatten(0, 1).to(W.dtype)))  # (in + K r, out)
@@ -163,7 +166,7 @@ class FastLoRA:
                 W = W + self.lora.delta()
             folded = self.matrix(W, conv.bias, backward=False), down, mask
             give_back(conv.weight)
-            self.folded = folded  # last: other threads test it
+            self.folded, self.of = folded, now
         matrix, down, mask = self.folded
         if k:
             rows = torch.empty(x.numel() // n_in, n_in + k * r, dtype=self.matrix.dtype)

@@ -17,6 +17,7 @@ from lib.base import STAYS, base_of, data_dir_of
 from lib.classes import class_folder
 from lib.device import autocast, pick_device, place
 from lib.files import UserError
+from lib.matrices import packing
 from lib.metrics import softmax
 from lib.peft import EXTRA, load_peft
 from lib.report import counted
@@ -97,7 +98,7 @@ def prepare(model, how):
     int8 leave it plain: open_run does the rest, when the run has been read in float32."""
     if how.dtype == torch.int8:
         return place(model.requires_grad_(False), how.device, torch.float32).eval()
-    folds = not how.plain and fast.folds(how.device, how.dtype)  # speed_up merges as it packs
+    folds = not how.plain and packing(how.device, how.dtype)  # speed_up merges as it packs
     stays = model.classes or folds or shipped.edited(model.h)
     if not (stays or selfcheck.check_merge(model)):
         lora.merge(model)

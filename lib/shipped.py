@@ -44,8 +44,10 @@ def edited(*modules, made=False, but=()):
 
 
 def edited_methods(model, names):
-    """The same of a GPT's methods of these names."""
-    return unknown((type(model), name) for name in names)
+    """The same of a GPT's methods of these names, replaced on the model itself as well (but by
+    lib/fast.py)."""
+    own = [n for n in names if n in vars(model) and vars(model)[n].__module__[:4] != 'lib.']
+    return unknown((type(model), name) for name in names) + [f'GPT.{n}' for n in own]
 
 
 def unknown(pairs):

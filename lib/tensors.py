@@ -111,6 +111,12 @@ def save_safetensors(path, tensors):
     files.write_atomic(path, write)
 
 
+def stamp(*tensors):
+    """Another value if one of these tensors is another one, or was changed in place."""
+    found = [t for t in tensors if t is not None]
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in found]
+
+
 def give_back(t):
     """Return the memory of a tensor that is mapped from a file and not needed for now to the OS;
     it is read again on the next use. Changed values stay (MADV_PAGEOUT, not MADV_DONTNEED). Does

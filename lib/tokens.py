@@ -109,7 +109,8 @@ def tokenize(enc, texts, cache=True):
     """Texts -> Tokens. '<|endoftext|>' inside a text is plain text; an empty text becomes that
     one special id. cache: keep the ids in the cache, under a hash of tokenizer and texts."""
     assert enc.n_vocab <= 1 << 16, 'ids are stored in 16 bits'
-    h = hashlib.sha256(f'1 {enc.name} {enc.n_vocab}'.encode())  # 1: version of this function
+    code = files.sha256_file(__file__)  # an edit of this file counts as well
+    h = hashlib.sha256(f'{code} {enc.name} {enc.n_vocab}'.encode())
     for t in texts:
         raw = t.encode('utf-8', 'surrogatepass')
         h.update(b'%d:' % len(raw) + raw)

@@ -84,15 +84,17 @@ class Plan:
     def steps(self, opt, interrupt, done):
         """Yield (step, rows) from step done + 1 to the last, or until a rank is interrupted. Seeds
         dropout, and sets the learning rate of each group of parameters in proportion to its first
-        one, but where a scheduler of torch.optim does that."""
-        ratios = {}  # by group: one may be added later
+        one, until a scheduler of torch.optim or the script itself does that."""
+        ratios, given, own = {}, {}, set()  # by group: one may be added later
         for step in range(done, self.max_steps):
             if ranks.any_rank(interrupt.requested):
                 return
             rate = lr_at(step, self.max_steps, self.lr, self.args.warmup, self.args.schedule)
             for i, group in enumerate(opt.param_groups):
-                if 'initial_lr' not in group:  # a scheduler's
-                    group['lr'] = ratios.setdefault(i, group['lr'] / self.lr) * rate
+                if 'initial_lr' in group or group['lr'] != given.get(i, group['lr']):
+                    own.add(i)
+                if i not in own:
+                    given[i] = group['lr'] = ratios.setdefault(i, group['lr'] / self.lr) * rate
             self.rate = max(group['lr'] for group in opt.param_groups)  # for the log
             seed_step(self.args.seed, step)
             yield step + 1, self.rows(step + 1)

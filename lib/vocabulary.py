@@ -4,6 +4,7 @@ lib/fast.py puts FastVocabulary into a model."""
 import torch
 
 from lib.matrices import Packed
+from lib.tensors import stamp
 
 SPARE = 8  # columns of the packed product besides the model's: the shift's, and zeros for alignment
 ROWS, COLUMNS = 512, 4096  # positions and tokens whose logits are held at a time: 8 MB of float32
@@ -99,14 +100,18 @@ class FastVocabulary:
 
     def __init__(self, model, matrix=None):
         """matrix: Packed if the vocabulary is frozen and can be packed, else None."""
-        self.wte, self.matrix, self.packed = model.wte, matrix, None
+        self.model, self.wte, self.matrix = model, model.wte, matrix
+        self.packed, self.of = None, None  # and what it was made of
 
     def __call__(self, h, target, scored):  # (B, T, C), (B, T), (B, T) -> (B, T)
         kind, W = h.device.type, self.wte.weight
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        if self.matrix and self.packed is None:
-            self.packed = packed_vocabulary(W, self.matrix)
-        packed = None if W.requires_grad else self.packed  # it may have begun to train
+        if 'next_logits' in vars(self.model):  # another one
+            return type(self.model).next_logprobs(self.model, h, target, scored)
+        packs = self.matrix and not W.requires_grad  # it may have begun to train
+        if packs and (self.packed is None or self.of != stamp(W)):
+            self.packed, self.of = packed_vocabulary(W, self.matrix), stamp(W)
+        packed = self.packed if packs else None
         with torch.autocast(kind, enabled=False):
             W = W.to(dtype)
             if kind != 'cpu':  # boolean indexing would synchronize

@@ -13,6 +13,7 @@ import torch.nn as nn
 
 import data
 import lib.base
+import lib.device
 import lib.frozen
 import lib.genrun
 import lib.runfolder
@@ -421,9 +422,7 @@ def test_what_begins_to_train_later_trains():
     model.h[0].ln_2.requires_grad_(True)
     with contextlib.ExitStack() as stack:
         stack.callback(model.requires_grad_, False)
-        raises(
-            UserError, feed.net, ids, n, feed.states['train'](index, ids), match='begun to train'
-        )
+        raises(UserError, feed.net, ids, n, feed.states['train'](index, ids), match='trains now')
 
 
 def test_a_field_added_to_the_config_is_kept():
@@ -523,3 +522,92 @@ def test_a_block_of_other_parts_is_named():
     with patched(Block, '__init__', init):
         _, _, err = script(train_cls.main, [*argv('--lora'), *shape])
     assert err.count('note: no faster version of Block: Block.__init__ edited') >= 1, err
+
+
+def test_what_changes_after_speed_up_is_computed():
+    """Frozen weights, LoRA's while they are frozen, parts and methods of the model itself, hooks:
+    the faster parts follow."""
+    cpu, ids, n = torch.device('cpu'), torch.randint(256, (3, 9)), torch.tensor([9, 4, 7])
+
+    def weight(module, factor=0.5):
+        with torch.no_grad():
+            module.mul_(factor)
+
+    changes = dict(
+        matrix=lambda model: weight(model.h[1].mlp.c_fc.base.weight),
+        data=lambda model: setattr(
+            model.h[1].mlp.c_fc.base.weight, 'data', model.h[1].mlp.c_fc.base.weight.data / 2
+        ),
+        lora=lambda model: weight(model.h[0].attn.c_attn.B),
+        embedding=lambda model: weight(model.wte.weight),
+        pool=lambda model: setattr(model, 'pool', lambda x, lengths: x.mean(1)),
+        pooling=lambda model: setattr(model, 'pooling', 'mean'),
+        part=lambda model: setattr(model.h[1], 'mlp', nn.Identity()),
+        forward=lambda model: setattr(model.h[1].mlp, 'forward', lambda x: x / 2),
+        logits=lambda model: setattr(model, 'next_logits', lambda h: h @ model.wte.weight.t() / 2),
+    )
+    for name, change in changes.items():
+        for trains in (False, True):
+            found = []
+            for fast in (False, True):
+                torch.manual_seed(0)
+                model = GPT(Config(2, 2, 32, 16, 257), 2).init_weights()
+                lora.adapt(model, 'lora', **METHODS['lora'])
+                stirred(model).requires_grad_(False)
+                place_on(model, cpu, torch.float32)
+                for m in model.modules() if trains else ():
+                    if isinstance(m, LoRA):
+                        m.A.requires_grad_(True), m.B.requires_grad_(True)
+                if fast:
+                    speed_up(model, cpu, torch.float32)
+                ends = torch.tensor([True, False, True])
+                model.classify(ids, n), model.logprob(ids, n, ends)
+                change(model)
+                found.append((model.classify(ids, n), model.logprob(ids, n, ends)))
+            for a, b in zip(*found):
+                assert far(b, a) < 1e-4, (name, trains)
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda m, args, y: y / 2 if isinstance(m, MLP) else None
+    )
+    with contextlib.ExitStack() as stack:
+        stack.callback(hook.remove)
+        found = []
+        for fast in (False, True):
+            torch.manual_seed(0)
+            model = GPT(Config(2, 2, 32, 16, 257), 2).init_weights().requires_grad_(False)
+            if fast:
+                speed_up(model, cpu, torch.float32)
+            found.append(model.classify(ids, n))
+        assert far(*found) < 1e-5
+
+
+def test_rates_that_the_script_sets():
+    """ReduceLROnPlateau, which does not say that it sets them, and a number set by hand stay."""
+    before, found = torch.optim.AdamW.step, []
+
+    def step(self, *a, **k):
+        found.append([group['lr'] for group in self.param_groups])
+        done = before(self, *a, **k)
+        if len(found) == 3:
+            self.param_groups[0]['lr'] = 7e-4
+        return done
+
+    with patched(torch.optim.AdamW, 'step', step):
+        train(*argv('--lora', '--max_steps', '6'))
+    assert [rates[0] for rates in found][3:] == 3 * [7e-4], found
+    assert 0 < found[2][0] < found[1][0], found
+
+
+def test_what_trains_in_bfloat16_is_saved():
+    def thawed(model, *a, place=lib.device.place, **k):
+        place(model, *a, **k)
+        model.wpe.weight.requires_grad_(True)  # rounded, since it was frozen
+        return model
+
+    with patched(lib.device, 'place', thawed), patched(train_cls, 'test', stop_here):
+        out = os.path.join(tmp(), 'run')
+        flags = argv('--last', '1', '--out', out, '--lr', '1e-2')
+        raises(Stop, train_cls.main, [*flags, '--dtype', 'bf16'])
+    read, saved = (load_safetensors(f'{folder}/model.safetensors') for folder in (argv()[3], out))
+    name = 'transformer.wpe.weight'
+    assert far(saved[name], read[name]) > 1e-3 and saved[name].dtype == torch.float32

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import lib.files
 import lora
 from lib import frozen
 from lib.device import autocast, place
@@ -91,11 +92,11 @@ def test_frozen_states_of_other_ids_are_refused():
     """An edit of batch_of that replaces tokens would not be seen by cached states."""
     with fresh_cache():
         model, tokens, how = example('head')
-        states = frozen.cache(model, dict(train=tokens), *how).states['train']
-        index = np.array([3, 17])
-        ids = data.collate(tokens, index, 30, 'first', 256)[0]
+        feed, index = frozen.cache(model, dict(train=tokens), *how), np.array([3, 17])
+        ids, n = data.collate(tokens, index, 30, 'first', 256)
         ids[1, 1] += 1
-        raises(UserError, states, index, ids, match='other token ids than the cache: add')
+        known = feed.states['train'](index, ids)
+        raises(UserError, feed.net, ids, n, known, match='other token ids than the cache: add')
     for method, options in (('head', {}), ('last', dict(last=1))):  # and of loss_of, or the loop
         with fresh_cache():
             model, tokens, how = example(method, **options)
@@ -106,6 +107,40 @@ def test_frozen_states_of_other_ids_are_refused():
             raises(UserError, feed.net, ids + 1, n, known, match='other token ids')
             ids[0, 0] += 1
             raises(UserError, feed.net, ids, n, known, match='other token ids')
+            ids, n = data.collate(tokens, index, 30, 'first', 256)
+            known = feed.states['train'](index, ids)
+            raises(UserError, feed.net, ids, n - 1, known, match='other token ids')
+
+
+def test_what_cached_states_come_from_is_watched():
+    """A weight, dropout, hook, pooling or block that is another one since they were cached."""
+    index = np.array([3, 17])
+
+    def scaled(model):
+        with torch.no_grad():
+            model.h[0].mlp.c_fc.weight.mul_(0.5)
+
+    changes = [scaled, lambda model: model.drop.__setattr__('p', 0.5)]
+    changes += [lambda model: model.h[0].register_forward_hook(lambda *a: None)]
+    changes += [lambda model: setattr(model, 'pooling', 'mean')]
+    changes += [lambda model: setattr(model, 'h', model.h[1:])]
+    for method, options in (('head', {}), ('last', dict(last=1))):
+        for change in changes:
+            with fresh_cache():
+                model, tokens, how = example(method, **options)
+                feed = frozen.cache(model, dict(train=tokens), *how)
+                ids, n = data.collate(tokens, index, 30, 'first', 256)
+                feed.net(ids, n, feed.states['train'](index, ids))
+                change(model)
+                known = feed.states['train'](index, ids)
+                raises(UserError, feed.net, ids, n, known, match='was changed')
+    with fresh_cache():
+        model, tokens, how = example('head')
+        model.wte.register_forward_hook(lambda *a: None)
+        assert frozen.cache(model, dict(train=tokens), *how) is None
+        model, tokens, how = example('head')
+        model.embed = lambda ids, of=None, copies=1: GPT.embed(model, ids) / 2
+        assert frozen.cache(model, dict(train=tokens), *how) is None
 
 
 def test_edits_around_frozen_states():
@@ -133,7 +168,7 @@ def test_edits_around_frozen_states():
         assert len(model.h) == SMALL.n_layer and 'embed' not in vars(model)
         ids, n = data.collate(tokens, later, 30, 'first', 256)
         ids[1, 0] += 1
-        raises(UserError, states, later, ids, match='other token ids')
+        raises(UserError, feed.net, ids, n, states(later, ids), match='other token ids')
         model.pooled = None  # of a graph, which is not copied
         mean = copy.deepcopy(model)
         with torch.no_grad():
@@ -241,13 +276,13 @@ def test_make_room_beside_another_run():
         return fn
 
     for name in ('stat', 'remove'):
-        with fresh_cache(), patched(frozen, 'LIMIT', 350):
+        with fresh_cache(), patched(lib.files, 'LIMIT', 350):
             os.mkdir(cached('frozen'))
             for i, file in enumerate(('gone', 'b', 'c')):
                 path = write(f'{file}.bin', b'x' * 100, cached('frozen'))
                 os.utime(path, (i, i))
             with patched(frozen.os, name, gone(getattr(os, name))):
-                frozen.make_room(cached('frozen'), 100)
+                lib.files.make_room(cached('frozen'), 100)
             left = sorted(n for n in os.listdir(cached('frozen')) if n.endswith('.bin'))
             assert left == ['b.bin', 'c.bin'], (name, left)
     with fresh_cache():
@@ -264,19 +299,19 @@ def test_frozen_states_are_limited():
         for i, name in enumerate('abc'):
             path = write(os.path.join('frozen', f'{name}.bin'), b'x' * 100, cache_dir())
             os.utime(path, (i, i))
-        with patched(frozen, 'LIMIT', 350):
-            frozen.make_room(cached('frozen'), 100)
+        with patched(lib.files, 'LIMIT', 350):
+            lib.files.make_room(cached('frozen'), 100)
         assert sorted(os.listdir(cached('frozen'))) == ['b.bin', 'c.bin']
-        with patched(frozen, 'LIMIT', 250):  # never a file that the same run needs
-            for name, age in (('d.bin.123.tmp', 2 * frozen.DAY), ('e.bin.124.tmp', 60)):
+        with patched(lib.files, 'LIMIT', 250):  # never a file that the same run needs
+            for name, age in (('d.bin.123.tmp', 2 * lib.files.DAY), ('e.bin.124.tmp', 60)):
                 path = write(os.path.join('frozen', name), b'x', cache_dir())
                 os.utime(path, (time.time() - age,) * 2)  # of a killed run, of another at work
-            frozen.make_room(cached('frozen'), 100, own=[cached('frozen/b.bin')])
+            lib.files.make_room(cached('frozen'), 100, own=[cached('frozen/b.bin')])
         assert sorted(os.listdir(cached('frozen'))) == ['b.bin', 'e.bin.124.tmp']
-        raises(UserError, frozen.make_room, cached('frozen'), 2**60, match='no room')
+        raises(UserError, lib.files.make_room, cached('frozen'), 2**60, match='no room')
     flags = [*TINY[:-1], *'--max_samples 50 --dtype fp32 --head --epochs 2 --lr 1e-2'.split()]
     with fresh_cache():
-        with patched(frozen.shutil, 'disk_usage', lambda path: SimpleNamespace(free=0)):
+        with patched(lib.files.shutil, 'disk_usage', lambda path: SimpleNamespace(free=0)):
             out, text = train(*flags)
         assert 'not used: ' in text and not os.listdir(cached('frozen'))
     with fresh_cache():
