@@ -213,7 +213,7 @@ def malformed(info):
     for name, check in args_fields(method, info.get('kind')).items():
         if name not in args or not check(args[name]):
             return name
-    if info.get('kind') != 'gen' and args['pool'] not in POOLS:
+    if info.get('kind') != 'gen' and args.get('pool') not in POOLS:
         return 'pool'
     if info.get('kind') == 'gen' or method in ('lora', 'adapter', 'prompt'):
         named = isinstance(base, dict) and TEXT(base.get('name')) and 'sha256' in base
