@@ -520,7 +520,8 @@ def test_a_block_of_other_parts_is_named():
 
     shape = '--model nano --scratch --n_layer 2 --n_head 2 --n_embd 32'.split()
     with patched(Block, '__init__', init):
-        _, _, err = script(train_cls.main, [*argv('--lora'), *shape])
+        out = os.path.join(tmp(), 'run')
+        _, _, err = script(train_cls.main, [*argv('--lora', '--out', out), *shape])
     assert err.count('note: no faster version of Block: Block.__init__ edited') >= 1, err
 
 
