@@ -65,8 +65,7 @@ def base_info(args, out, cfg, state, labels=None):
     if args.method in STAYS and args.model not in HUB_NAMES and small:
         copy_base(folder, stored, weights, cfg, labels)
         announce(stored, args.method)
-    name = args.model if args.model in SHAPES else os.path.abspath(args.model)
-    return dict(name=name, sha256=checkpoints.base_sha256(folder))
+    return dict(name=args.model, sha256=checkpoints.base_sha256(folder))
 
 
 def announce(stored, method):

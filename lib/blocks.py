@@ -177,7 +177,7 @@ class FastBlock:
     def __call__(self, x, last=None, rows=None):
         """x (B, T, C), or (n, C) with rows -> the same; with last (B,), one position of each text
         -> (B, 1, C): all that a classifier needs of the last block, a quarter of its work."""
-        if self.changed():
+        if self.touched():
             return type(self.block).forward(self.block, x)
         if last is None and self.one_node and torch.is_grad_enabled() and not self.drops():
             weights = [w for layer in self.layers for w in layer.weights]
@@ -191,11 +191,11 @@ class FastBlock:
         x = x + h
         return x + adapted(block.mlp, self.mlp(block.ln_2(x)))
 
-    def changed(self):
+    def touched(self):
         """Has the block got hooks or other parts, or begun to train more, since this was made?"""
         inside = [*self.block.modules()]
-        other = inside != self.inside or any('forward' in vars(m) for m in inside[1:])
-        return other or hooked(inside) or any(p.requires_grad for p in self.frozen)
+        other = inside != self.inside or any(map(changed, inside[1:])) or hooked(inside[:1])
+        return other or any(p.requires_grad for p in self.frozen)
 
     def drops(self):
         """Does GPT-2's own dropout drop anything?"""

@@ -17,7 +17,7 @@ from lib.device import autocast
 from lib.files import UserError
 from lib.report import counted
 from lib.scoring import in_batches
-from lib.tensors import give_back
+from lib.tensors import give_back, stamp
 from lib.versions import code_of
 
 VERSION = 2  # of the files; raise it when their content changes
@@ -153,14 +153,14 @@ class Below:
 
     def __init__(self, model, parts):
         self.model, self.modules = model, [m for part in parts for m in part.modules()]
-        self.params = [p for m in self.modules for p in m._parameters.values() if p is not None]
+        self.params = [p for part in parts for p in part.parameters()]
         self.drops = [m for m in self.modules if isinstance(m, nn.Dropout)]
         self.before = self.now()
 
     def now(self):
-        params = [(p.requires_grad, p._version) for p in self.params]
-        drops = [m.p for m in self.drops]
-        return params, drops, hooked(self.modules), self.model.pooling, [*self.model.h]
+        params = stamp(*self.params), [p.requires_grad for p in self.params]
+        patched = ['forward' in vars(m) for m in self.modules], hooked(self.modules)
+        return params, patched, [m.p for m in self.drops], [*self.model.h], self.model.pooling
 
 
 def check(states, ids, lengths, below):
@@ -244,9 +244,8 @@ class FrozenStates:
         states = self.read(index, ids.shape[1])
         states.of = ids, ids._version  # for check()
         if self.device.type == 'cpu':  # a GPU would be waited for
-            states.want = data.collate(self.tokens, index, *self.cut)
-            if not np.array_equal(states.want[1], self.lengths[index]):
-                raise UserError(OTHER_IDS)
+            want = data.collate(self.tokens, index, *self.cut)[0]
+            states.want = want, torch.from_numpy(self.lengths[index])
         return states
 
     def read(self, index, width):
@@ -280,9 +279,8 @@ def has_size(path, size):
 
 def key_of(model, tokens, settings):
     """Hash of all that the states depend on: settings, code, frozen weights, texts."""
-    code = code_of({c for m in model.modules() for c in type(m).__mro__})
-    read = shipped.code(data), shipped.code(data.collate)
-    h = hashlib.sha256(repr((VERSION, model.cfg, settings, code, read)).encode())
+    code = code_of({data.Split, *(c for m in model.modules() for c in type(m).__mro__)})
+    h = hashlib.sha256(repr((VERSION, model.cfg, settings, code)).encode())
     weights = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     for name, t in {**weights, **dict(model.named_buffers())}.items():
         h.update(name.encode())

@@ -31,7 +31,7 @@ class Packed:
         self.blocks, self.backward_blocks = self.pack(W.t()), None
         give_back(W)
 
-    def __deepcopy__(self, memo):  # of an average of the weights, say: frozen ones are the same
+    def __deepcopy__(self, memo):  # oneDNN's blocks cannot be copied; a copied layer packs its own
         return self
 
     @classmethod

@@ -91,7 +91,7 @@ class FastConv1D:
     def pack(self):
         """-> Packed, made when it is first needed, and again if the weights have changed."""
         now = stamp(self.conv.weight, self.conv.bias)
-        if self.packed is None or self.of != now:
+        if self.of != now:
             self.packed, self.of = self.matrix(self.conv.weight, self.conv.bias), now
         return self.packed
 
@@ -154,7 +154,7 @@ class FastLoRA:
         (A, B), conv = self.weights, self.lora.base
         k, r, n_in = len(A) if A.dim() == 3 else 0, *A.shape[-2:]
         now = stamp(conv.weight, conv.bias, A, B)
-        if self.folded is None or self.of != now:
+        if self.of != now:
             W, down, mask = conv.weight.detach(), None, None
             if k:
                 W = torch.cat((W, B.transpose(1, 2).flatten(0, 1).to(W.dtype)))  # (in + K r, out)

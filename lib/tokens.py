@@ -107,14 +107,9 @@ def cut_note(lengths, max_length):
 
 def tokenize(enc, texts, cache=True):
     """Texts -> Tokens. '<|endoftext|>' inside a text is plain text; an empty text becomes that
-    one special id. cache: keep the ids in the cache, under a hash of tokenizer and texts."""
+    one special id. cache: keep the ids in the cache, under a hash of all that they depend on."""
     assert enc.n_vocab <= 1 << 16, 'ids are stored in 16 bits'
-    code = files.sha256_file(__file__)  # an edit of this file counts as well
-    h = hashlib.sha256(f'{code} {enc.name} {enc.n_vocab}'.encode())
-    for t in texts:
-        raw = t.encode('utf-8', 'surrogatepass')
-        h.update(b'%d:' % len(raw) + raw)
-    path = files.cached(f'tokens/{h.hexdigest()[:32]}.npz')
+    path = cache and files.cached(f'tokens/{key_of(enc, texts)}.npz')
     tokens = read_cached(path, len(texts), enc.n_vocab) if cache else None
     if tokens is not None:
         return tokens
@@ -135,6 +130,15 @@ def tokenize(enc, texts, cache=True):
         with files.optional():
             files.write_atomic(path, buffer.getvalue(), every_rank=True)
     return Tokens(flat, starts)
+
+
+def key_of(enc, texts):
+    """Hash of the tokenizer, of this file, an edit of which counts as well, and of the texts."""
+    h = hashlib.sha256(f'{files.sha256_file(__file__)} {enc.name} {enc.n_vocab}'.encode())
+    for t in texts:
+        raw = t.encode('utf-8', 'surrogatepass')
+        h.update(b'%d:' % len(raw) + raw)
+    return h.hexdigest()[:32]
 
 
 def read_cached(path, n, n_vocab):

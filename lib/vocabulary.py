@@ -100,16 +100,16 @@ class FastVocabulary:
 
     def __init__(self, model, matrix=None):
         """matrix: Packed if the vocabulary is frozen and can be packed, else None."""
-        self.model, self.wte, self.matrix = model, model.wte, matrix
+        self.model, self.matrix = model, matrix
         self.packed, self.of = None, None  # and what it was made of
 
     def __call__(self, h, target, scored):  # (B, T, C), (B, T), (B, T) -> (B, T)
-        kind, W = h.device.type, self.wte.weight
+        kind, W = h.device.type, self.model.wte.weight
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         if 'next_logits' in vars(self.model):  # another one
             return type(self.model).next_logprobs(self.model, h, target, scored)
         packs = self.matrix and not W.requires_grad  # it may have begun to train
-        if packs and (self.packed is None or self.of != stamp(W)):
+        if packs and self.of != stamp(W):
             self.packed, self.of = packed_vocabulary(W, self.matrix), stamp(W)
         packed = self.packed if packs else None
         with torch.autocast(kind, enabled=False):

@@ -123,6 +123,7 @@ def test_what_cached_states_come_from_is_watched():
     changes = [scaled, lambda model: model.drop.__setattr__('p', 0.5)]
     changes += [lambda model: model.h[0].register_forward_hook(lambda *a: None)]
     changes += [lambda model: setattr(model, 'pooling', 'mean')]
+    changes += [lambda model: setattr(model.h[0].mlp, 'forward', lambda x: x)]
     changes += [lambda model: setattr(model, 'h', model.h[1:])]
     for method, options in (('head', {}), ('last', dict(last=1))):
         for change in changes:
