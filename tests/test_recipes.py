@@ -85,7 +85,9 @@ def run_copy(folder, script, argv):
         code = 1
         try:
             for name, module in list(sys.modules.items()):
-                if (getattr(module, '__file__', None) or '').startswith(TOP + os.sep):
+                path = getattr(module, '__file__', None) or ''
+                installed = path.startswith(sys.prefix + os.sep)  # it may lie in the clone
+                if path.startswith(TOP + os.sep) and not installed:
                     del sys.modules[name]
             sys.path[:] = [folder, *(p for p in sys.path if os.path.abspath(p) != TOP)]
             os.chdir(folder)
