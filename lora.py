@@ -179,10 +179,8 @@ def describe(model, wrapped):
     rows = Counter()
     for name in wrapped:
         m = model.get_submodule(name)
-        if isinstance(m, LoRA):
-            what = f'LoRA {tuple(m.A.shape)} x {tuple(m.B.shape)}'
-        else:
-            what = f'adapter of {m.down.out_features} units'
+        own = [p for n, p in m.named_parameters() if not WRAPPER.search(f'.{n}')]
+        what = f'{type(m).__name__} {" x ".join(str(tuple(p.shape)) for p in own if p.dim() > 1)}'
         rows[f'h.*.{name.split(".", 2)[2]:<12} {what}'] += 1
     train, total = count(model)
     share = 100 * train / total

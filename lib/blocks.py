@@ -31,11 +31,12 @@ def make_block(block, matrix):
     """-> what computes a Block faster, or None where its parts are not those of model.py."""
     attn = block.attn.sub if type(block.attn) is Adapter else block.attn
     mlp = block.mlp.sub if type(block.mlp) is Adapter else block.mlp
-    known = [type(block) is Block, type(attn) is Attention, type(mlp) is MLP]
-    known += [type(ln) is nn.LayerNorm for ln in (block.ln_1, block.ln_2)]
-    if not all(known) or any(map(changed, block.modules())):
+    ours = type(block) is Block and type(attn) is Attention and type(mlp) is MLP
+    if not ours or any(map(changed, block.modules())):
         return None
-    return FastBlock(block, attn, mlp, matrix)
+    norms, drops = (block.ln_1, block.ln_2), (attn.attn_drop, attn.resid_drop, mlp.resid_drop)
+    of_torch = [type(m) is nn.LayerNorm for m in norms] + [type(m) is nn.Dropout for m in drops]
+    return FastBlock(block, attn, mlp, matrix) if all(of_torch) else None
 
 
 def changed(module):

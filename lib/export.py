@@ -1,8 +1,11 @@
 """Trained runs as folders for transformers, with LoRA merged. Called by predict.py --export."""
 
+import copy
 import json
 import os
 import shutil
+
+import torch
 
 import lora
 from lib import checkpoints, files, shipped
@@ -10,7 +13,6 @@ from lib.base import data_dir_of
 from lib.download import find
 from lib.files import UserError
 from lib.runs import open_run
-from lib.selfcheck import check_merge
 from lib.tokens import EOT, tokenizer_name
 
 
@@ -43,8 +45,9 @@ def export(path, folder, data_dir=None, base=None):
             if edited := shipped.no_gpt2(model, but=lora.LoRA):
                 problem = f'{", ".join(edited)} was edited, and transformers computes GPT-2'
                 raise UserError(f'{path} cannot be exported: {problem}')
-            if why := check_merge(model):
-                raise UserError(f'{path} cannot be merged: LoRA is not W + scale B A ({why})')
+            if layer := unmerged(model):
+                problem = f'LoRA of {layer} as edited is not x W + x delta()'
+                raise UserError(f'{path} cannot be merged: {problem}')
             state, part = lora.merged_state(model, index), os.path.join(temp, name)
             known = dict(model.named_buffers())
             if odd := [n for n in state if n not in known and not checkpoints.NAMES.fullmatch(n)]:
@@ -61,6 +64,23 @@ def export(path, folder, data_dir=None, base=None):
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     return [os.path.join(folder, name) if name else folder for name, _, _ in parts]
+
+
+@torch.no_grad()
+def unmerged(model):
+    """Name of the first LoRA layer that computes something else than its base with delta() added
+    to the weight, because lora.py was edited; None if all are what merging makes of them."""
+    for name, m in model.named_modules():
+        if isinstance(m, lora.LoRA):
+            x = torch.randn(max(1, model.classes), 100, m.A.shape[-1])
+            y = m.base(x)
+            for i, update in enumerate(m(x) - y):
+                base = copy.deepcopy(m.base)
+                base.weight += m.delta(i if model.classes else None)
+                error = (base(x[i]) - y[i] - update).abs().max()
+                if not error <= 1e-4 * update.abs().max() + 1e-6 * y.abs().max():
+                    return name
+    return None
 
 
 def tokenizer_files(run, data_dir):

@@ -2,16 +2,16 @@
 instances of a plain GPT. Called by the training scripts and lib/runs.py; leaving it out
 (--plain) changes nothing but the time and, in training, which values dropout drops.
 
-An edit of model.py or lora.py takes effect: what was edited (lib/shipped.py) has no faster part,
-and a line says so. The parts of a block are compared with the plain code before they are used
-(lib/selfcheck.py)."""
+An edit of model.py or lora.py takes effect: a function whose code is not the known one
+(lib/shipped.py), or a module with other parts than model.py gives it (lib/blocks.py), has no faster
+part, and a line says so."""
 
 import ctypes
 import gc
 import sys
 from types import MethodType
 
-from lib import ranks, selfcheck, shipped
+from lib import ranks, shipped
 from lib.blocks import FastBlock, Rows, fast_forward, hooked, make_block, make_layer
 from lib.matrices import packing
 from lib.vocabulary import FastVocabulary
@@ -23,16 +23,16 @@ def speed_up(model, device, dtype, pack=True, matrix=None):
     """Replace parts of a GPT that was adapted and placed by faster ones of the same values.
 
     pack: False leaves the blocks plain, for torch.compile.  matrix: a class of frozen matrices in
-    place of the one for dtype (lib/int8.py).  Frozen weights must not be changed afterwards."""
+    place of the one for dtype (lib/int8.py)."""
     floats = packing(device, dtype) if pack else None
-    matrix, checked, plain = matrix or floats, {}, {}  # plain: {what runs as written: why}
+    matrix, plain = matrix or floats, {}  # plain: {what runs as written: why}
     for block in model.h if pack else ():
-        if not install(block, make_block, matrix, checked, plain):
+        if not install(block, make_block, matrix, plain):
             if names := shipped.edited(block, made=True):
                 plain.setdefault('Block', as_written(names))
             for layer in list(block.modules()):
                 if isinstance(layer, (Conv1D, LoRA)):
-                    install(layer, make_layer, matrix, checked, plain)
+                    install(layer, make_layer, matrix, plain)
 
     def known(method, methods):
         """Are the methods of GPT that a faster one of this name stands for the known ones?"""
@@ -56,25 +56,16 @@ def speed_up(model, device, dtype, pack=True, matrix=None):
         print(f'note: no faster version of {parts}: {why}', file=sys.stderr)
 
 
-def install(module, make, matrix, checked, plain):
-    """Put make(module, matrix) into the place of module.forward if it stands for the code as it is
-    and computes the same, which is checked once for all modules of a kind. -> is it in place?"""
-    fast = make(module, matrix)
-    if fast is None:
-        return False
-    kind = [(name, type(m)) for name, m in module.named_modules()]
-    kind = repr((kind, [(n, p.shape, p.requires_grad) for n, p in module.named_parameters()]))
-    if kind not in checked:
-        if names := shipped.edited(module):
-            checked[kind] = as_written(names)
-        else:
-            differs = selfcheck.check_module(module, make, matrix and matrix.formula)
-            checked[kind] = differs and f'it computes something else here ({differs})'
-    if checked[kind]:
-        plain[type(module).__name__] = checked[kind]
-        return False
-    module.forward = fast
-    return True
+def install(module, make, matrix, plain):
+    """Put make(module, matrix) into the place of module.forward if it stands for the code as it is.
+    -> is it in place?"""
+    names = shipped.edited(module)
+    if names:
+        plain[type(module).__name__] = as_written(names)
+    fast = None if names else make(module, matrix)
+    if fast:
+        module.forward = fast
+    return bool(fast)
 
 
 def as_written(names):

@@ -18,7 +18,7 @@ import torch
 from lib import fast, ranks
 from lib.blocks import FastBlock, fast_forward
 from lib.files import UserError
-from lib.matrices import Unpacked, gelu_
+from lib.matrices import gelu_
 from lib.packed import FastConv1D, FastLoRA
 from lib.report import counted
 from lib.tensors import give_back
@@ -47,7 +47,7 @@ class Int8:
 
     dtype = torch.float32  # of what product() reads and returns
     low = None  # the lowest value that its input can have, if that is known
-    formula, slope, gelu = Unpacked, False, staticmethod(gelu_)
+    slope, gelu = False, staticmethod(gelu_)
     joins = False  # the updates of K classes cannot share the scale of a row with W
 
     def __init__(self, W, bias=None, backward=False):

@@ -181,34 +181,3 @@ def packing(device, dtype):
     """-> the class of packed matrices for products in this precision, or None."""
     kinds = (Packed, MKLPacked32, Packed32)
     return next((kind for kind in kinds if kind.possible(device, dtype)), None)
-
-
-class Unpacked:
-    """The same by plain products in float64: the formulas are checked with it on any CPU."""
-
-    dtype, slope, joins = torch.float64, False, True
-
-    def __init__(self, W, bias=None, backward=True):
-        self.W = W.detach().to(self.dtype)
-        self.bias = None if bias is None else bias.detach().to(self.dtype)
-
-    def product(self, x, gelu=False):
-        y = F.linear(x, self.W.t(), self.bias)
-        return F.gelu(y, approximate='tanh') if gelu else y
-
-    def gradient(self, g):
-        return g @ self.W.t()
-
-    @staticmethod
-    def gelu(x):
-        return F.gelu(x, approximate='tanh')
-
-
-class Unpacked32(Unpacked):
-    """Checks what Packed32 is used for: with the slope of GELU."""
-
-    slope = True
-    gelu_slope = staticmethod(gelu_slope)
-
-
-Packed.formula, Packed32.formula = Unpacked, Unpacked32  # for the checks

@@ -50,7 +50,7 @@ class Taped(torch.autograd.Function):
 
 
 def wide(dtype):
-    """The precision of sums and of the residual stream: float32, or float64 in a check."""
+    """The precision of sums and of the residual stream: float32, or float64 in a test."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -80,7 +80,7 @@ def frozen(module):
 
 
 class FastConv1D:
-    """Conv1D that is frozen. matrix: Packed or Unpacked."""
+    """Conv1D that is frozen. matrix: a class of lib/matrices.py."""
 
     weights = ()  # what trains, besides x
 
@@ -205,7 +205,7 @@ class FastLoRA:
             without = None if positions is None else flat.take(positions)
             dx = dx.addmm_(da, A) if dx.dim() == 2 else dx.baddbmm_(da, A)
             if positions is not None:
-                flat.scatter_(0, positions, without)
+                flat.index_copy_(0, positions, without)  # scatter_ copies all of it twice
             dx = dx.view(*g.shape[:-1], -1)
         return dx, dA, dB
 

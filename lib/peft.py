@@ -69,15 +69,20 @@ def save_peft(folder, model, base_name, index=None):
 
 def peft_names(model):
     """{name in PEFT's file: name in the model} of a model's LoRA or prompt, and of its head, if
-    that is GPT-2's."""
+    that is GPT-2's. Raises UserError for a LoRA of an edit that has no A and B."""
+    params, head = dict(model.named_parameters()), 'base_model.model.score.weight'
     if model.prompt is None:
         layers = [n for n, m in model.named_modules() if isinstance(m, LoRA)]
         names = {f'{PREFIX}{n}.lora_{k}.weight': f'{n}.{k}' for n in layers for k in 'AB'}
-        head = 'base_model.model.score.weight'
+        if lacking := sorted({n[-1] for n in names.values() if n not in params}):
+            raise UserError(
+                f'LoRA as edited has no parameter {", ".join(lacking)}: a run is saved as PEFT '
+                'saves it, with A and B, so keep both (what is to stay frozen as a parameter '
+                'that requires no gradient)'
+            )
     else:
         names, head = {'prompt_embeddings': 'prompt'}, 'base_model.score.weight'
-    plain = 'score.weight' in dict(model.named_parameters())
-    return {**names, head: 'score.weight'} if plain else names
+    return {**names, head: 'score.weight'} if 'score.weight' in params else names
 
 
 def extras(model):

@@ -12,7 +12,7 @@ import torch
 
 import data
 import lora
-from lib import cli, fast, int8, scoring, selfcheck, shipped, windows
+from lib import cli, fast, int8, scoring, shipped, windows
 from lib.base import STAYS, base_of, data_dir_of
 from lib.classes import class_folder
 from lib.device import autocast, pick_device, place
@@ -99,8 +99,7 @@ def prepare(model, how):
     if how.dtype == torch.int8:
         return place(model.requires_grad_(False), how.device, torch.float32).eval()
     folds = not how.plain and packing(how.device, how.dtype)  # speed_up merges as it packs
-    stays = model.classes or folds or shipped.edited(model.h)
-    if not (stays or selfcheck.check_merge(model)):
+    if not (model.classes or folds or shipped.edited(model.h)):
         lora.merge(model)
     place(model.requires_grad_(False), how.device, how.dtype)
     if not how.plain:

@@ -32,11 +32,12 @@ MARKS = {tokenize.NEWLINE: '\n', tokenize.INDENT: '{', tokenize.DEDENT: '}'}
 
 def edited(*modules, made=False, but=()):
     """Names of what is not the known code in these modules, as 'Block.forward': `forward` of all
-    modules inside (but those of some classes), and parameters that an edit added to them; with made
-    also `__init__`."""
+    modules inside (but those of some classes), `delta` of LoRA, and parameters that an edit added
+    to them; with made also `__init__`."""
     inside = {m for module in modules for m in module.modules() if not isinstance(m, but)}
-    names = ['forward', '__init__'] if made else ['forward']
-    found = set(unknown((type(m), name) for m in inside for name in names))
+    names = ('forward', 'delta', '__init__') if made else ('forward', 'delta')
+    kinds = {type(m) for m in inside}
+    found = set(unknown((kind, name) for kind in kinds for name in names if hasattr(kind, name)))
     for m in inside:
         if type(m) in PARAMETERS:
             found |= {f'{type(m).__name__}.{n}' for n in m._parameters.keys() - PARAMETERS[type(m)]}
@@ -52,7 +53,10 @@ def edited_methods(model, names):
 
 def unknown(pairs):
     """Pairs of a class and the name of a function -> names of the functions that are not known."""
-    functions = {f'{owner.__qualname__}.{name}': getattr(owner, name) for owner, name in pairs}
+    functions = {}
+    for kind, name in pairs:
+        owner = next(base for base in kind.__mro__ if name in vars(base))
+        functions[f'{owner.__qualname__}.{name}'] = vars(owner)[name]
     return sorted(n for n, f in functions.items() if not of_torch(f) and code(f) != known().get(n))
 
 
@@ -93,6 +97,7 @@ def present():
     """{name: hash} of the code as it is."""
     every = ['__init__', 'forward']
     owners = dict.fromkeys((Conv1D, Attention, MLP, Block, LoRA, Adapter), every)
+    owners[LoRA] = [*every, 'delta']
     owners[GPT] = [*every, *sorted({*CLASSIFY, *LOGPROB})]
     pairs = [(owner, name) for owner, names in owners.items() for name in names]
     return {f'{owner.__name__}.{name}': code(getattr(owner, name)) for owner, name in pairs}

@@ -32,7 +32,7 @@ import eval as evaluation  # not `eval`, which is Python's own
 import lora
 import train_cls
 import train_gen
-from lib import checkpoints, demo, workload
+from lib import checkpoints, demo, matrices, workload
 from lib.cli import exit_code
 from lib.files import read_json, sha256_file, write_json
 from lib.metrics import softmax
@@ -548,6 +548,35 @@ def tree(folder):
     """{path in the folder: sha256} of all files."""
     paths = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
     return {os.path.relpath(path, folder): sha256_file(path) for path in paths}
+
+
+class Unpacked:
+    """Packed (lib/matrices.py) by plain products in float64: with it formulas are tested on any
+    CPU."""
+
+    dtype, slope, joins = torch.float64, False, True
+
+    def __init__(self, W, bias=None, backward=True):
+        self.W = W.detach().to(self.dtype)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+
+    def product(self, x, gelu=False):
+        y = F.linear(x, self.W.t(), self.bias)
+        return F.gelu(y, approximate='tanh') if gelu else y
+
+    def gradient(self, g):
+        return g @ self.W.t()
+
+    @staticmethod
+    def gelu(x):
+        return F.gelu(x, approximate='tanh')
+
+
+class Unpacked32(Unpacked):
+    """Packed32 in this way: with the slope of GELU."""
+
+    slope = True
+    gelu_slope = staticmethod(matrices.gelu_slope)
 
 
 def class_model(kind, cfg=SMALL, classes=3):

@@ -525,6 +525,34 @@ def test_a_block_of_other_parts_is_named():
     assert err.count('note: no faster version of Block: Block.__init__ edited') >= 1, err
 
 
+def test_a_lora_without_a_place_in_peft_is_refused():
+    """A vector in place of A and B ((IA)^3), A as a buffer (VeRA): said before the first step."""
+
+    def vector(self, base, r, scale, p, classes=0):
+        nn.Module.__init__(self)
+        self.base, self.scale, self.p = base, scale, p
+        self.gain = nn.Parameter(torch.ones(base.weight.shape[1]))
+
+    before = LoRA.__init__
+
+    def buffer(self, *a, **k):
+        before(self, *a, **k)
+        A = self._parameters.pop('A').detach()
+        self.register_buffer('A', A)
+
+    def forward(self, x):
+        return self.base(x) * self.gain
+
+    for init, lacking in (vector, 'A, B'), (buffer, 'A'):
+        with patched(LoRA, '__init__', init), contextlib.ExitStack() as stack:
+            if init is vector:
+                stack.enter_context(patched(LoRA, 'forward', forward))
+            out = os.path.join(tmp(), 'run')
+            flags = argv('--lora', '--out', out)
+            raises(UserError, train_cls.main, flags, match=f'no parameter {lacking}:')
+            raises(UserError, train_gen.main, flags, match=f'no parameter {lacking}:')
+
+
 def test_what_changes_after_speed_up_is_computed():
     """Frozen weights, LoRA's while they are frozen, parts and methods of the model itself, hooks:
     the faster parts follow."""

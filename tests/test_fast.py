@@ -1,5 +1,5 @@
-"""lib/fast.py, lib/shipped.py, lib/selfcheck.py: a model that was sped up computes
-what it computed, and edits of model.py and lora.py take effect."""
+"""lib/fast.py, lib/shipped.py: a model that was sped up computes what it computed, and edits of
+model.py and lora.py take effect."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora
-from lib.blocks import FastBlock, FastMLP
+from lib.blocks import FastBlock, FastMLP, make_block
 from lib.device import autocast, place
 from lib.fast import speed_up
 from lib.packed import ThinLoRA
@@ -282,6 +282,8 @@ def test_other_parts_stay_plain():
     model(ids, n)
     assert calls and 'forward' not in vars(model.h[0]) and 'forward' not in vars(model.h[1])
     assert isinstance(vars(model.h[2])['forward'], FastBlock)
+    model.h[2].attn.resid_drop = torch.nn.Tanh()
+    assert make_block(model.h[2], None) is None
 
 
 def other_ids(before):

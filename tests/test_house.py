@@ -17,7 +17,7 @@ FUNCTION, MAIN, LOOP, LINE = 60, 120, 40, 100
 # rooms that know the model; the others know neither model.py nor lora.py
 KNOW_MODEL = set(
     """answers base blocks classes explain export fast foreign frozen genflags genrun gpubench init
-    int8 onnxpeers packed page peers peft repeat rows rundata runfolder runs scoring selfcheck
+    int8 onnxpeers packed page peers peft repeat rows rundata runfolder runs scoring
     shipped sides versions vocabulary windows workload""".split()
 )
 # rooms of bench.py, counted with it

@@ -13,13 +13,15 @@ from lib import dropout
 from lib.blocks import FastBlock, make_block, make_layer
 from lib.device import autocast, cpu_is_intels, place
 from lib.fast import speed_up
-from lib.matrices import MKLPacked32, Packed, Packed32, Unpacked, Unpacked32, packing
+from lib.matrices import MKLPacked32, Packed, Packed32, packing
 from lib.packed import GELU, FastConv1D, FastLoRA, Taped, ThinLoRA
 from model import Conv1D
 from tests.helpers import (
     ALL,
     CPU,
     SMALL,
+    Unpacked,
+    Unpacked32,
     far,
     formula_model,
     patched,

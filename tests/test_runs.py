@@ -22,7 +22,6 @@ import train_cls
 import train_gen
 from lib.device import autocast
 from lib.files import UserError, read_json, write_json
-from lib.matrices import Unpacked
 from lib.packed import FastConv1D, FastLoRA
 from lib.runs import open_run
 from lib.vocabulary import FastVocabulary
@@ -36,6 +35,7 @@ from tests.helpers import (
     SHAPE,
     TINY,
     Stop,
+    Unpacked,
     class_model,
     copied,
     environment,
@@ -233,7 +233,7 @@ def test_predict_gives_labels_and_probabilities():
 class Everywhere(Unpacked):
     """Packs on every CPU, in bfloat16."""
 
-    dtype, formula = torch.bfloat16, Unpacked
+    dtype = torch.bfloat16
 
 
 def interleaved(make, call):

@@ -176,6 +176,13 @@ def test_an_edited_lora_is_not_merged():
     assert not layers()
     with patched(lora.LoRA, 'forward', late):
         assert layers()
+    want = open_run(tiny_run('lora'), 'cpu', 'fp32').logits(['good', 'not bad'])
+    with patched(lora.LoRA, 'delta', lambda self, index=None: 0 * self.base.weight):
+        assert layers()
+        got = open_run(tiny_run('lora'), 'cpu', 'fp32').logits(['good', 'not bad'])
+        refused = [tiny_run('lora'), os.path.join(tmp(), 'x')]
+        raises(UserError, export.export, *refused, match=r'LoRA of h.0.attn.c_attn as edited')
+    assert np.allclose(got, want, atol=1e-4), 'folded by an edit of delta() alone'
 
 
 class PerLayer(lora.LoRA):

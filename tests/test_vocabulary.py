@@ -4,10 +4,10 @@ import torch
 
 import lib.vocabulary
 from lib.fast import speed_up
-from lib.matrices import Packed, Unpacked
+from lib.matrices import Packed
 from lib.vocabulary import COLUMNS, ROWS, FastVocabulary, NextLogprobs, packed_vocabulary
 from model import GPT, PIECE, Config
-from tests.helpers import CPU, far, formula_model, patched
+from tests.helpers import CPU, Unpacked, far, formula_model, patched
 
 
 class Largest(torch.utils._python_dispatch.TorchDispatchMode):
