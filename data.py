@@ -56,6 +56,8 @@ def read(name, data_dir, val, test, form, notes):
             given = [f'--{flag}' for flag, value in zip(Format._fields[:5], form) if value]
             raise UserError(f'{given[0]} is for your own files; leave it out with {name}')
         rows, labels = READERS[name](data_dir)
+        rows = {split: [(str(t), str(label)) for t, label in part] for split, part in rows.items()}
+        labels = labels and [str(label) for label in labels]
         notes += ['demo is synthetic text that this program makes'] * (name == 'demo')
     elif os.path.exists(name):
         (rows, form), labels = tables.read_own(name, form, notes), None

@@ -15,7 +15,6 @@ from lib import start
 
 start.script(__name__)
 
-import json
 import os
 import sys
 
@@ -197,7 +196,7 @@ def main(argv=None):
     scores = [dict(m, run=name) for name, m in zip(names, results)]
     numbers = dict(source, labels=labels, runs=scores, comparisons=tested)
     if args.json == '-':
-        print(json.dumps(numbers, indent=2))
+        print(files.as_json(numbers, indent=2))
     elif args.json:
         files.write_json(args.json, numbers)
     return numbers

@@ -83,8 +83,9 @@ def layers(model, top=None, blocks=None):
 
 
 def add_lora(
-    model, r, alpha, dropout, targets, classes=0, top=None, blocks=None, allow_missing=False
-):
+    model, r=8, alpha=16.0, dropout=0.0, targets=(), classes=0, top=None, blocks=None,
+    allow_missing=False,
+):  # fmt: skip
     """Wrap every layer whose name is, or ends with, one of `targets`, as PEFT matches names.
 
     The scale is alpha / r.  classes: K updates per layer, 0 = one.  top: in the last so many blocks
@@ -138,21 +139,18 @@ def add_prompt(model, n, classes=0):
     model.classes = classes
 
 
-def adapt(
-    model, method, last=0, r=8, alpha=16.0, dropout=0.0, targets=(),
-    bottleneck=64, prompt=0, top=None,
-):  # fmt: skip
-    """Freeze what is frozen and add what is added for a method of the training scripts.
-    -> names of the wrapped layers"""
+def adapt(model, method, last=0, bottleneck=64, prompt=0, classes=0, **options):
+    """Freeze what is frozen and add what is added for a method of the training scripts; what opens
+    a run calls it as well. options: arguments of add_lora. -> names of the wrapped layers"""
     wrapped, everything = [], method in ('full', 'pretrain', 'prefix')
     for name, p in model.named_parameters():  # what an edit added to GPT-2 always trains
         p.requires_grad_(everything or not NAMES.fullmatch(name))
     if method == 'lora':
-        wrapped = add_lora(model, r, alpha, dropout, targets, top=top)
+        wrapped = add_lora(model, classes=classes, **options)
     elif method == 'adapter':
         wrapped = add_adapters(model, bottleneck)
     elif method == 'prompt':
-        add_prompt(model, prompt)
+        add_prompt(model, prompt, classes)
     elif method == 'last':
         if not 0 < last <= model.cfg.n_layer:
             raise UserError(f'--last {last}: this model has {counted(model.cfg.n_layer, "block")}')

@@ -268,6 +268,8 @@ class GPT(nn.Module):
             model = cls(cfg, num_labels)
         buffers = dict(model.named_buffers(remove_duplicate=False))  # an edit may repeat a block
         named = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+        if 'lm_head.weight' not in named:  # an edit may untie it
+            checkpoints.drop_tied_head(tensors, folder)
         if new_head and 'score.weight' in named:  # not in a head of an edit
             tensors['score.weight'] = torch.empty(num_labels, cfg.n_embd).normal_(0.0, 0.02)
         may_lack = named if new_head else buffers  # of what an edit added

@@ -216,6 +216,7 @@ def main(argv=None):
     if ranks.any_rank(interrupt.requested):
         save_resume(args.out, args, done, best, *state, due=interrupt.evaluating)
         return interrupted('train_cls.py', args.out, done, plan.max_steps)
+    best = best or evaluate(done, best)  # none yet: an edit left the loop early
     model = net = params = opt = state = graphs = feed = original = resumed = None
     batch = part_loss = None
     gc.collect()  # the test needs their memory

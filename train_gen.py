@@ -182,7 +182,7 @@ class Phase:
         where, end = (args.max_length, args.keep), self.model.end
         multiple = GRAPH_WIDTH if args.cuda_graphs else 1
         ids, n = data.collate(run.train, rows, *where, end, run.dev, multiple=multiple)
-        ends = ends_here(end, run.train, rows, args.max_length)
+        ends = ends_here(end, run.train, rows, args.max_length)  # edit it there: scores need it too
         rest = (ends, torch.from_numpy(run.ds.train.y[rows]))
         return ids, n, *(data.to_device(t, run.dev) for t in rest)
 
@@ -296,7 +296,7 @@ def train_phase(run, kind, label, number, saved):
     if ranks.any_rank(interrupt.requested):
         save_resume(phase.work, args, done, best, *state, due=interrupt.evaluating)
         return interrupted('train_gen.py', args.out, done, plan.max_steps)
-    genrun.finish_phase(run, phase, best)
+    genrun.finish_phase(run, phase, best or evaluate(done, best))  # None: an edit left early
 
 
 def finish(run):
@@ -312,8 +312,9 @@ def finish(run):
     if not args.direct:
         nats = opened.nats_per_token(val, logits)
         info['likelihood_quantiles'] = np.quantile(nats, np.linspace(0, 1, 101)).tolist()
-    results = dict(val_accuracy=m['accuracy'], val_loss=m['nll'])
-    info['results'] = {**results, 'val_loss_uncalibrated': m['uncalibrated']['nll']}
+    info['results'] = dict(val_accuracy=m['accuracy'], val_loss=m['nll'])
+    if opened.rule == 'calibrated':
+        info['results']['val_loss_uncalibrated'] = m['uncalibrated']['nll']
     files.write_json(os.path.join(args.out, 'run.json'), info)
     write_predictions(args.out, probs, pred, y, labels)
 

@@ -4,13 +4,13 @@ nats_per_token, with --explain with runner_up and explain [(word, number)]."""
 
 import csv
 import io
-import json
 
+from lib import files
 from lib.explain import painted
 
 
 def as_json(record):
-    return json.dumps(record, ensure_ascii=False)
+    return files.as_json(record, ensure_ascii=False)
 
 
 def as_line(record, screen=False, colours=False, explained=True):

@@ -72,9 +72,8 @@ def shards_of(folder, index):
 
 
 def folder_tensors(folder):
-    """{name without "transformer.": tensor} of a folder's weights, without GPT-2's mask buffers
-    and the tied head that some tools store again. Raises UserError for a name that appears twice
-    and for an untied head."""
+    """{name without "transformer.": tensor} of a folder's weights, without GPT-2's mask buffers.
+    Raises UserError for a name that appears twice."""
     tensors = {}
     for path in weight_files(folder):
         load = load_safetensors if path.endswith('.safetensors') else load_bin
@@ -85,12 +84,17 @@ def folder_tensors(folder):
             mask = name.endswith('.attn.bias') and t.shape[:-2] == (1, 1)  # (1, 1, T, T)
             if not mask and not name.endswith('.attn.masked_bias'):
                 tensors[name] = t
+    return tensors
+
+
+def drop_tied_head(tensors, folder):
+    """Remove the language model's head, which some tools store again. Raises UserError if it is not
+    tied to wte."""
     head = tensors.pop('lm_head.weight', None)
     wte = tensors.get('wte.weight', head)
     if head is not None and (head.dtype != wte.dtype or not head.equal(wte)):
         problem = 'lm_head.weight differs from wte.weight, but GPT-2 ties them'
         raise UserError(f'{folder}: {problem}; nanocls cannot load an untied head')
-    return tensors
 
 
 def base_sha256(folder):

@@ -6,6 +6,8 @@ import unicodedata
 
 import numpy as np
 
+import data
+from lib.files import UserError
 from lib.tokens import Tokens, tokenize
 
 
@@ -17,22 +19,24 @@ def explain(run, text, best=None):
     Generative runs: log P(word | text before, class) - log P(word | text before, runner-up) in
     nats, after a first entry for the prior; the numbers sum exactly to the margin of the rule that
     decides. If that is the calibrated one, words are divided by tau, and prior and bias are in the
-    first entry. Discriminative runs: how much the lead (a difference of logits) shrinks without
-    that word (Li et al. 2016, arXiv 1612.08220): one forward pass per word, exact for every method;
-    negative = the word speaks against the prediction."""
+    first entry. Raises UserError where an edit made it a rule of which that is not true.
+    Discriminative runs: how much the lead (a difference of logits) shrinks without that word (Li et
+    al. 2016, arXiv 1612.08220): one forward pass per word, exact for every method; negative = the
+    word speaks against the prediction."""
     if run.kind == 'gen':
         ids, terms = run.token_logprobs(text)  # (n,), (n, K) nats
         prior = run.log_prior  # (K,)
         if run.rule == 'calibrated':
             terms, prior = terms / run.tau, prior + run.bias
-        best, second = first_two(terms.sum(0) + prior, best)
+        scores = terms.sum(0) + prior  # (K,)
+        check_sums(run, text, scores)
+        best, second = first_two(scores, best)
         numbers = terms[:, best] - terms[:, second]  # (n,)
         first = ('P(class)', float(prior[best] - prior[second]))
         pieces = [(word, float(numbers[a:b].sum())) for word, a, b in words(run.enc, ids)]
         return run.labels[second], [first, *pieces]
-    limit = run.args['max_length']
-    ids = tokenize(run.enc, [text], cache=False)[0]
-    ids = ids[:limit] if run.args['keep'] == 'first' else ids[-limit:]
+    whole, cut = tokenize(run.enc, [text], cache=False), (run.args['max_length'], run.args['keep'])
+    ids = data.collate(whole, [0], *cut, run.model.end)[0][0].numpy().astype(np.uint16)
     spans = words(run.enc, ids)
     empty = np.array([run.model.end], ids.dtype)
     without = [np.delete(ids, slice(a, b)) for _, a, b in spans]
@@ -43,6 +47,15 @@ def explain(run, text, best=None):
     lead = logits[:, best] - logits[:, second]  # (1 + W,) over the runner-up of the full text
     shrinks = (lead[0] - lead[1:]).tolist()
     return run.labels[second], [(word, v) for (word, *_), v in zip(spans, shrinks)]
+
+
+def check_sums(run, text, scores):
+    """Raise UserError if what decides about a text is not, up to a constant, `scores` (K,)."""
+    logits = run.logits([text])
+    decides = run.calibrated(logits) if run.rule == 'calibrated' else logits
+    if np.ptp(decides[0] - scores) > 1e-3 * np.abs(logits).max() + 0.01:
+        advice = 'logprob, logprobs_of or calibrated was edited, token_logprobs was not'
+        raise UserError(f'the log-probabilities of the words do not sum to what decides: {advice}')
 
 
 def first_two(scores, best=None):

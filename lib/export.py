@@ -43,7 +43,8 @@ def export(path, folder, data_dir=None, base=None):
     try:
         for name, model, index in parts:
             if edited := shipped.no_gpt2(model, but=lora.LoRA):
-                problem = f'{", ".join(edited)} was edited, and transformers computes GPT-2'
+                names = f'{", ".join(edited)} {"were" if edited[1:] else "was"}'
+                problem = f'{names} edited, and transformers computes GPT-2'
                 raise UserError(f'{path} cannot be exported: {problem}')
             if layer := unmerged(model):
                 problem = f'LoRA of {layer} as edited is not x W + x delta()'

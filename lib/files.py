@@ -172,8 +172,13 @@ def lock(folder, patience):
             return None
 
 
+def as_json(obj, **options):
+    """obj as JSON; what an edit adds may be numbers or arrays of numpy and torch."""
+    return json.dumps(obj, default=lambda x: x.tolist(), **options)
+
+
 def write_json(path, obj):
-    write_atomic(path, json.dumps(obj, indent=1, ensure_ascii=False) + '\n')
+    write_atomic(path, as_json(obj, indent=1, ensure_ascii=False) + '\n')
 
 
 def read_json(path):
@@ -206,8 +211,7 @@ def log_rows(path):
     for line in lines.splitlines():
         with contextlib.suppress(ValueError):
             row = parse_json(line)
-            known = isinstance(row, dict) and type(row.get('step')) is int
-            if known and all(isinstance(v, (int, float, str)) for v in row.values()):
+            if isinstance(row, dict) and type(row.get('step')) is int:
                 rows.append(row)
     return rows
 

@@ -64,6 +64,7 @@ def read_adapter(path, moved=None):
 def read_checkpoint(path, config):
     """-> tensors of a folder of transformers"""
     c, tensors = files.read_object(config), checkpoints.folder_tensors(path)
+    checkpoints.drop_tied_head(tensors, path)
     checkpoints.read_config(path, tensors, path, SHAPES)
     classifier = 'GPT2ForSequenceClassification' in str(c.get('architectures'))
     if 'score.weight' not in tensors and not classifier:

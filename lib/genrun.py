@@ -168,9 +168,13 @@ def build(run, kind):
     torch.manual_seed(args.seed)  # as if this phase were trained alone
     read = model.state_dict()
     if kind == 'posterior':
-        model.requires_grad_(args.prefix)  # what is added below trains
         folders = [os.path.join(args.out, run.folders[label]) for label in labels]
+        if own := [f for f in folders if os.path.isfile(os.path.join(f, peft.EXTRA))]:
+            problem = f'{own[0]} has weights of its class alone beside LoRA ({peft.EXTRA})'
+            raise UserError(f'{problem}, so --posterior_steps cannot hold all classes in one model')
         peft.load_peft(folders, model, classes=len(labels))
+        if args.prefix:
+            model.requires_grad_(True)
     else:
         wrapped = lora.adapt(model, args.method, **of_adapt(args))
         if args.prefix:  # the vectors start as the mean embeddings of the labels

@@ -9,6 +9,7 @@ import numpy as np
 
 from lib import files
 from lib.explain import LEGEND, explain, paragraph
+from lib.files import UserError
 from lib.intervals import bootstrap
 from lib.metrics import metrics, reliability
 from lib.plots import read_log
@@ -158,6 +159,9 @@ def errors(run, texts, y, probs, pred):
         if run.answers:
             record.update(runner_up=run.labels[y[i]], explain=[(texts[i], 0.0)])
         else:
-            record['runner_up'], record['explain'] = explain(run, texts[i], pred[i])
+            try:
+                record['runner_up'], record['explain'] = explain(run, texts[i], pred[i])
+            except UserError as e:
+                return '\n'.join([*out, f'<p>{html.escape(str(e))}</p>'])
         out.append(f'<hr>Truth: <b>{html.escape(run.labels[y[i]])}</b>{paragraph(record)}')
     return '\n'.join(out)

@@ -114,9 +114,10 @@ def load_peft(folder, model, classes=0):
 
     def add(model):
         if 'n' in first:
-            return lora.add_prompt(model, first['n'], classes)
+            return lora.adapt(model, 'prompt', prompt=first['n'], classes=classes)
         # PEFT skips targets that match nothing; the tensors must fit anyway
-        lora.add_lora(model, **lora_options(first, model), classes=classes, allow_missing=True)
+        options = dict(lora_options(first, model), classes=classes, allow_missing=True)
+        lora.adapt(model, 'lora', **options)
 
     def fill_all(model):
         for i, one in enumerate(folders):
@@ -138,7 +139,7 @@ def load_extras(folder, model, needed):
     path, params = os.path.join(folder, EXTRA), dict(model.named_parameters())
     tensors = load_safetensors(path) if os.path.isfile(path) else {}
     shapes = {n: p.shape for n, p in params.items() if n in tensors or n in needed}
-    why = f'{folder} was trained with another model.py or lora.py than this one'
+    why = f'{folder} does not fit model.py and lora.py as they are'
     check_tensors(tensors, shapes, why)
     for n, t in tensors.items():
         params[n].data = t.float()

@@ -136,8 +136,8 @@ def check(path, split, ds, hint):
     changed = [name for name, value in hashes(ds).items() if split and split[name] != value]
     if changed:
         raise UserError(
-            f'{ds.name} has changed: its {" and ".join(changed)} rows are not those that {path} '
-            f'was trained with; restore it, or {hint}'
+            f'{ds.name}, or data.py, has changed: its {" and ".join(changed)} rows are not those '
+            f'that {path} was trained with; restore it, or {hint}'
         )
 
 

@@ -16,7 +16,7 @@ from lib.foreign import elsewhere
 from lib.peft import add_filled, extras, fill, load_peft, peft_names, save_peft
 from lib.tensors import load_safetensors, save_safetensors
 from lib.textfiles import is_encoding, is_separator
-from lib.versions import versions
+from lib.versions import edited, versions
 from model import GPT
 
 
@@ -160,15 +160,17 @@ def read_run(path):
 
 
 def update_results(path, results):
-    """Write eval_results.json of a run; a note instead if it holds results of another precision, or
-    cannot be written."""
-    before = precision(path, read_run(path))
-    if before in (None, results['dtype']):
+    """Write eval_results.json of a run; a note instead if it holds results of another precision or
+    of a model that was edited since, or cannot be written."""
+    info = read_run(path)
+    before, kept = precision(path, info), 'eval_results.json keeps the results of'
+    if edited(info):
+        print(f'note: {kept} model.py and lora.py as they were', file=sys.stderr)
+    elif before not in (None, results['dtype']):
+        print(f'note: {kept} {before}; these are of {results["dtype"]}', file=sys.stderr)
+    else:
         with files.optional():
             files.write_json(os.path.join(path, 'eval_results.json'), results)
-    else:
-        kept = f'eval_results.json keeps the results of {before}'
-        print(f'note: {kept}; these are of {results["dtype"]}', file=sys.stderr)
 
 
 # --- checks of run.json ---

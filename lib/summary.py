@@ -30,8 +30,9 @@ def describe(args, ds, train, cfg, place, notes=()):
 
 
 def best(args, score, done, max_steps):
-    """The best score (its last number: minus its step), and where --patience ended the training."""
-    ended = f', ended by --patience at step {done} of {max_steps}' if done < max_steps else ''
+    """The best score (its last number: minus its step), and where the training ended early."""
+    by = ' by --patience' if args.patience else ''
+    ended = f', ended{by} at step {done} of {max_steps}' if done < max_steps else ''
     value = -score[0] if args.select == 'nll' else score[0]
     return f'best on validation: {args.select} {value:.4f} (step {-score[-1]}{ended})'
 

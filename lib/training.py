@@ -240,6 +240,7 @@ class Log:
 
     def write(self, seconds_per_step=0.0, **record):
         """Write and show one line."""
+        record = json.loads(files.as_json(record))
         try:
             with open(self.path if files.WRITES else os.devnull, 'a', encoding='utf-8') as f:
                 f.write(json.dumps({**record, **self.extra}) + '\n')
@@ -254,7 +255,7 @@ class Log:
             parts += [f'{clock((self.plan.max_steps - step) * seconds_per_step)} left']
             text = fitting(parts, width, spare=(5, 4, 2, 3))
         else:
-            shown = [(k, v if type(v) is str else f'{v:.4f}') for k, v in record.items()]
+            shown = [(k, f'{v:.4f}' if type(v) is float else v) for k, v in record.items()]
             text = '  '.join(parts + [f'{k} {v}' for k, v in shown if k != 'step'])
         end = '' if width and 'loss' in record else '\n'
         print(('\r\033[K' if width else '') + text, end=end, flush=True)

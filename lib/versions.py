@@ -24,10 +24,15 @@ def versions():
     return {**found, 'code': code_of(every)}
 
 
-def note_edits(path, info):
-    """Say so if a run (info: its run.json) was trained with another model.py or lora.py."""
+def edited(info):
+    """Was a run (info: its run.json) trained with another model.py or lora.py, if that is known?"""
     then, now = info.get('versions') or {}, versions()
-    if then.get('python') == now['python'] and then.get('code', now['code']) != now['code']:
+    return then.get('python') == now['python'] and then.get('code', now['code']) != now['code']
+
+
+def note_edits(path, info):
+    """Say so if it was."""
+    if edited(info):
         text = f'note: {path} was trained with another model.py or lora.py than those here'
         print(f'{text}, which compute its results now', file=sys.stderr)
 

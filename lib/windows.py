@@ -48,8 +48,8 @@ def text_logprobs(model, tokens, max_length, keep, device, dtype, context=(), **
     taken = 1 + len(context) + (0 if model.prompt is None else model.prompt.shape[-2])
     size, k = model.cfg.block_size - taken, model.classes or 1
     windows, owner, here, before = cut(tokens, size)
-    empty = tokens.flat[tokens.starts[:-1]] == model.end  # one <|endoftext|>, which ends the text
-    ends = torch.from_numpy((here[:, 1] == tokens.lengths[owner]) & ~empty[owner])  # (W,)
+    end = scoring.ends_here(model.end, tokens, np.arange(len(tokens)), tokens.lengths.max())  # (N,)
+    ends = torch.from_numpy(here[:, 1] == tokens.lengths[owner]) & end[owner]  # (W,)
     first = torch.from_numpy(np.maximum(0, before[:, 1] - here[:, 0]))  # (W,)
 
     def fn(ids, n, index):
