@@ -205,7 +205,7 @@ class FastLoRA:
             without = None if positions is None else flat.take(positions)
             dx = dx.addmm_(da, A) if dx.dim() == 2 else dx.baddbmm_(da, A)
             if positions is not None:
-                flat.index_copy_(0, positions, without)  # scatter_ copies all of it twice
+                flat.scatter_(0, positions, without)
             dx = dx.view(*g.shape[:-1], -1)
         return dx, dA, dB
 
