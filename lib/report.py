@@ -1,7 +1,11 @@
 """Text for people: what lib/metrics.py returns as tables of at most 100 columns, and numbers of
 things. Called by eval.py and both train scripts; counted() by all who count."""
 
+from numbers import Number
+
 import numpy as np
+
+SHOWN = 'n accuracy macro_f1 weighted_f1 mcc nll brier ece majority_accuracy coverage'.split()
 
 
 def counted(n, noun):
@@ -35,6 +39,8 @@ def report(m, labels):
     if 'uncalibrated' in m:
         before = '(before calibration {nll:.4f}, {brier:.4f}, {ece:.4f})'
         lines[-1] += '   ' + before.format(**m['uncalibrated'])
+    own = [f'{k} {v:.4g}' for k, v in m.items() if k not in SHOWN and isinstance(v, Number)]
+    lines += ['   '.join(own)] if own else []  # of an edit of metrics()
     if cm.sum() < m['n']:
         lines.append(
             f'coverage {m["coverage"]:.4f}: {counted(m["n"] - cm.sum(), "text")} without a label, '

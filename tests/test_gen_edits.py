@@ -58,6 +58,7 @@ def test_numbers_of_numpy_and_torch_are_written():
     row = next(r for r in records(out) if 'a' in r)
     assert (row['a'], row['b'], row['c']) == (0.5, [1.0, 1.0], None) and 'a 0.5000  b' in text
     assert read_json(os.path.join(out, 'eval_results.json'))['right'] == 3
+    assert '\nright 3\n' in text[text.index('test (') :]
 
 
 def test_kept_token_ids_are_those_of_the_tokenizer_as_it_is():
