@@ -157,7 +157,7 @@ def load_texts(
     unused['balance'] = balance
     for flag in [flag for flag, value in unused.items() if value]:
         raise UserError(f'--{flag} does nothing with {name}, which is read line by line')
-    texts = list(dict.fromkeys(t for t in tables.read_texts(name, form) if t.strip()))
+    texts = list(dict.fromkeys(t for _, t in tables.read_rows(name, form) if t.strip()))
     order = np.random.RandomState(seed % 2**32).permutation(len(texts))
     n = min(len(texts) // 10, 1000)
     if not n:
@@ -170,8 +170,8 @@ def load_texts(
 
 def count(rows, labels):
     """Rows per class."""
-    counted = collections.Counter(label for _, label in rows)
-    return [counted[label] for label in labels]
+    found = collections.Counter(label for _, label in rows)
+    return [found[label] for label in labels]
 
 
 def sample(rows, labels, counts, rng):
@@ -185,9 +185,10 @@ def sample(rows, labels, counts, rng):
 
 
 def cap(split, n, seed):
-    """A Split with at most n rows of each class, picked by seed."""
+    """A Split with at most n rows of each class (of several n, one for each), picked by seed."""
     rows, labels = list(zip(split.texts, split.y.tolist())), sorted(set(split.y.tolist()))
-    kept = sample(rows, labels, [n] * len(labels), np.random.RandomState(seed % 2**32))
+    counts, rng = np.broadcast_to(n, len(labels)), np.random.RandomState(seed % 2**32)
+    kept = sample(rows, labels, counts, rng)
     return Split([split.texts[i] for i in kept], split.y[kept])
 
 

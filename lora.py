@@ -31,7 +31,8 @@ class LoRA(nn.Module):
         shape = base.weight.shape  # Conv1D stores (in, out), nn.Linear (out, in)
         n_in, n_out = shape if isinstance(base, Conv1D) else shape[::-1]
         self.base, self.scale, self.p = base, scale, p  # p: dropout probability
-        axis, bound = (classes,) if classes else (), 1 / math.sqrt(n_in)
+        axis = (classes,) if classes else ()
+        bound = 1 / math.sqrt(n_in)
         self.A = nn.Parameter(torch.empty(*axis, r, n_in).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(*axis, n_out, r))
 
@@ -142,7 +143,8 @@ def add_prompt(model, n, classes=0):
 def adapt(model, method, last=0, bottleneck=64, prompt=0, classes=0, **options):
     """Freeze what is frozen and add what is added for a method of the training scripts; what opens
     a run calls it as well. options: arguments of add_lora. -> names of the wrapped layers"""
-    wrapped, everything = [], method in ('full', 'pretrain', 'prefix')
+    wrapped = []
+    everything = method in ('full', 'pretrain', 'prefix')
     for name, p in model.named_parameters():  # what an edit added to GPT-2 always trains
         p.requires_grad_(everything or not NAMES.fullmatch(name))
     if method == 'lora':
@@ -196,15 +198,16 @@ def plain_name(name):
 
 
 def trained_state(model):
-    """{plain name: tensor} of what is saved over the weights as they were read: every float32
-    weight except those of LoRA, adapters and the prompt, and what else trains. Another weight that
-    device.place rounded is still as it was read."""
+    """{plain name: float32 tensor} to save over the weights as they were read: what trains, and
+    every weight that is still float32 (what device.place rounded has not changed), without those of
+    LoRA, adapters and the prompt."""
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, (LoRA, Adapter))]
     added = {f'{name}.{n}' for name, m in wrappers for n, _ in m.named_parameters()}
     added = {n for n in added if not WRAPPER.search(n)} | {'prompt'}
-    exact, trains = torch.float32, trainables(model)
+    trains = trainables(model)
     state = {n: t for n, t in model.state_dict().items() if n not in added}
-    return {plain_name(n): t.float() for n, t in state.items() if t.dtype == exact or n in trains}
+    state = {n: t for n, t in state.items() if t.dtype == torch.float32 or n in trains}
+    return {plain_name(n): t.float() for n, t in state.items()}
 
 
 def merge(model):

@@ -1,8 +1,8 @@
 """GPT-2 in plain PyTorch, with the names and the weight layout of OpenAI's checkpoints.
 
 Shapes in the comments: B texts, T tokens of the longest one, C width, H heads, V vocabulary,
-K classes, N prompt vectors. Everything can be computed by this file alone; lib/fast.py replaces
-parts of a model by faster ones that are checked against these."""
+K classes, N prompt vectors. Everything can be computed by this file alone; lib/fast.py puts faster
+parts of the same values in their place."""
 
 import math
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ class GPT(nn.Module):
             self.score = Head(cfg.n_embd, num_labels, bias=False)
         # lora.py: learned vectors in front of every text, (N, C), or (K, N, C) with classes
         self.register_parameter('prompt', None)
-        self.pooling, self.pad_to = 'last', 0  # what pool() reads; with 'pad' (B, pad_to) ids
+        self.pooling, self.pad_to = 'last', 0  # what pool() reads; 'pad': texts are pad_to long
         self.classes = 0  # K > 0: LoRA or prompt of K classes; every text is read K times
 
     @property
@@ -153,7 +153,8 @@ class GPT(nn.Module):
     def hidden(self, ids, of=None):
         """ids (B, T) int64, padded on the right -> final states (B, T, C), without those of the
         prompt; of a model with K classes (K B, T, C), class by class, each with its slice."""
-        x = self.embed(ids, of, self.classes if self.classes and of is None else 1)
+        copies = 1 if of is not None else self.classes or 1
+        x = self.embed(ids, of, copies)
         for block in self.h:
             x = block(x)
         return self.ln_f(x)[:, x.shape[1] - ids.shape[1] :]
@@ -221,8 +222,7 @@ class GPT(nn.Module):
 
         pieces = zip(h[scored].split(PIECE), target[scored].split(PIECE))
         with torch.autocast(h.device.type, enabled=False):
-            again = dict(use_reentrant=False)  # backward computes the logits again
-            found = [checkpoint.checkpoint(of_piece, *piece, **again) for piece in pieces]
+            found = [checkpoint.checkpoint(of_piece, *p, use_reentrant=False) for p in pieces]
         return torch.zeros(target.shape, device=h.device).masked_scatter(scored, torch.cat(found))
 
     def logprob(self, ids, lengths, ends, context=(), first=None, of=None):

@@ -22,7 +22,7 @@ import sys
 import numpy as np
 
 from lib import cli, export, files, flags, ranks, rundata, runs, tables
-from lib.answers import Table, as_json, as_line, prompt
+from lib.answers import Table, as_line, prompt
 from lib.explain import LEGEND, PAGE, coloured, explain, paragraph
 from lib.files import UserError
 from lib.tokens import cut_note, tokenize
@@ -172,24 +172,24 @@ def main(argv=None):
     run = runs.open_run(args.run, args.device, args.dtype, args.data_dir, args.plain, args.base)
     check_run(run, args, given)
     if args.sample:
-        limit, top_k = run.args['max_length'], args.top_k or 0
-        for i in range(args.num):
-            seed = args.seed + i
-            print(run.sample(args.sample, limit, args.temperature, top_k, seed), flush=True)
+        how = run.args['max_length'], args.temperature, args.top_k or 0
+        for seed in range(args.seed, args.seed + args.num):
+            print(run.sample(args.sample, *how, seed), flush=True)
         return
 
     run.rule, run.windows = args.rule or run.rule, args.windows
     paragraphs, lengths, table = [], [], args.out and Table.of(args.out)
     screen = sys.stdout.isatty() and not args.out
     painted = screen and coloured(sys.stdout)
-
     if not args.text and not args.file:
         sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
 
     def show(row, record):
         if table:
             return table.row(row, record)
-        return as_json(record) if args.json else as_line(record, screen, painted, not args.html)
+        if args.json:
+            return files.as_json(record, ensure_ascii=False)
+        return as_line(record, screen, painted, not args.html)
 
     def lines(rows):
         rows = iter(rows)

@@ -39,28 +39,33 @@ def parse(argv):
     """-> flags, names of the flags that were typed, resume.pt of the run to resume or None"""
     p = cli.Parser(prog='train_cls.py', description=__doc__)
     flags.data_flags(p)
-    add, text = flags.model_flags(p), 'go on from a finished run, its head included, on new --data'
+    add = flags.model_flags(p)
+    text = 'go on from a finished run, its head included, on new --data'
     add('--init', text, cli.absolute, metavar='RUN')
     group = p.add_argument_group('what to train')
-    add = group.add_mutually_exclusive_group().add_argument
-    add('--lora', action='store_true', help='low-rank updates of --targets, and the head (default)')
-    add('--head', action='store_true', help='only the linear head')
-    text = 'the last K blocks, the last LayerNorm and the head'
-    add('--last', type=cli.positive, metavar='K', help=text)
-    add('--full', action='store_true', help='everything')
-    text = 'Houlsby bottlenecks after each attention and MLP, and the head'
-    add('--adapter', action='store_true', help=text)
-    text = 'N learned vectors in front of the text, and the head'
-    add('--prompt', type=cli.positive, metavar='N', help=text)
-    add, text = group.add_argument, 'hidden units of an adapter'
-    add('--bottleneck', type=cli.positive, default=64, metavar='N', help=text)
-    text = (
-        'state the head reads: the last token, the first (it has seen itself alone), the mean of '
+    one_of = group.add_mutually_exclusive_group().add_argument
+    one_of(
+        '--lora', action='store_true', help='low-rank updates of --targets, and the head (default)'
     )
-    text += 'all, or pad all to --max_length and read the last pad (slow, worse: docs/editing.md)'
+    one_of('--head', action='store_true', help='only the linear head')
+    text = 'the last K blocks, the last LayerNorm and the head'
+    one_of('--last', type=cli.positive, metavar='K', help=text)
+    one_of('--full', action='store_true', help='everything')
+    text = 'Houlsby bottlenecks after each attention and MLP, and the head'
+    one_of('--adapter', action='store_true', help=text)
+    text = 'N learned vectors in front of the text, and the head'
+    one_of('--prompt', type=cli.positive, metavar='N', help=text)
+    add = group.add_argument
+    text = 'hidden units of an adapter'
+    add('--bottleneck', type=cli.positive, default=64, metavar='N', help=text)
+    text = 'state the head reads: the last token, the first (it has seen itself alone), the mean '
+    text += (
+        'of all, or pad all to --max_length and read the last pad (slow, worse: docs/editing.md)'
+    )
     add('--pool', choices=flags.POOLS, default='last', help=text)
     flags.lora_flags(p)
-    add, text = flags.optim_flags(p), 'balanced: a class weighs rows / (classes x its rows)'
+    add = flags.optim_flags(p)
+    text = 'balanced: a class weighs rows / (classes x its rows)'
     add('--class_weights', text, ('none', 'balanced'), 'none')
     flags.system_flags(p)
     flags.fold_flags(p)
@@ -119,7 +124,7 @@ def main(argv=None):
     device.place(model, dev, dtype)
     if not args.plain:  # the same numbers, sooner: you may delete these lines
         fast.speed_up(model, dev, dtype, pack=not args.compile)
-    training.wrap_blocks(model, args)
+    training.wrap_blocks(model, args)  # --gradient_checkpointing, --compile
     params, net = lora.trainables(model), ranks.wrap(model.train())
     opt = training.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
@@ -224,7 +229,7 @@ def main(argv=None):
     return test(args, ds, summary.best(args, best, done, plan.max_steps))
 
 
-def test(args, ds, best):
+def test(args, ds, headline):
     """The final test, on what was saved, opened as predict.py opens it. -> dict(out, val, test):
     run folder, results on the validation rows, metrics(); main returns it"""
     run = runs.open_run(args.out, args.device, args.dtype, args.data_dir, args.plain)
@@ -235,7 +240,7 @@ def test(args, ds, best):
         os.remove(os.path.join(args.out, 'resume.pt'))
     files.release(args.out)
     rows = counted(len(ds.test.y), 'row')
-    print(f'\n{best}; test ({args.data}, {rows}):')
+    print(f'\n{headline}; test ({args.data}, {rows}):')
     print(report(results, ds.labels))
     print(f'\n{summary.suggestions(args.out, ds.test.texts[0])}')
     return dict(out=args.out, val=run.info['results'], test=results)

@@ -46,15 +46,15 @@ def parser():
     flags.data_flags(p)
     flags.model_flags(p)
     group = p.add_argument_group('what to train')
-    add = group.add_mutually_exclusive_group().add_argument
-    add('--lora', action='store_true', help='low-rank updates of --targets per class (default)')
-    add('--full', action='store_true', help='a whole model per class')
+    one_of = group.add_mutually_exclusive_group().add_argument
+    one_of('--lora', action='store_true', help='low-rank updates of --targets per class (default)')
+    one_of('--full', action='store_true', help='a whole model per class')
     text = 'one model for all classes, with a learned vector per class in front of the text'
-    add('--prefix', action='store_true', help=text)
+    one_of('--prefix', action='store_true', help=text)
     text = 'no training: a prompt per class in front of the text, or with --direct behind it'
-    add('--zero_shot', action='store_true', help=text)
+    one_of('--zero_shot', action='store_true', help=text)
     text = 'one language model on all texts, labels unused; the run is a folder for --model'
-    add('--pretrain', action='store_true', help=text)
+    one_of('--pretrain', action='store_true', help=text)
     add = group.add_argument
     text = 'only one class, by name, else by number (0 = first); --out may be a finished run'
     add('--class_id', metavar='K', help=text)
@@ -102,7 +102,9 @@ def parse(argv):
 
 
 def load(args, given, saved):
-    """-> what all phases share: data, prior, tokens, the base model for the first phase"""
+    """-> run, what all phases share: args, ds, labels, enc, model (the base, for the first phase),
+    prompts, prior, log_prior, cfg, train. main adds given, dev, dtype; genrun.begin old, folders,
+    phases, info."""
 
     def get():
         own = args.val, args.test, data.Format.of(vars(args)), args.max_samples, args.balance
@@ -120,7 +122,7 @@ def load(args, given, saved):
     with ranks.first_of_machine():
         insist = saved or args.class_id is not None
         ds, model, enc = flags.or_demo(get, args, given, insist)  # the demo if there is no network
-    shorten(ds, vars(args))  # --quick, --eval_samples
+    ds = shorten(ds, vars(args))  # --quick, --eval_samples
     k, prompts = len(ds.labels), None
     counts = np.bincount(ds.train.y, minlength=k)
     prior = counts / counts.sum() if args.prior == 'counts' else np.full(k, 1 / k)
@@ -161,15 +163,15 @@ class Phase:
         scored = scored_lengths(run.cfg.vocab_size - 1, run.train, args.max_length)
         self.n_scored = scored[self.rows]  # (N,) tokens with their <|endoftext|>
         share = len(self.rows) / len(run.train)
-        length = max(1, round(args.max_steps * share)), args.epochs, args.lr
+        steps, epochs, lr = max(1, round(args.max_steps * share)), args.epochs, args.lr
         if kind == 'posterior':
-            length = args.posterior_steps, None, args.posterior_lr or args.lr / 3
-        self.plan = training.Plan(args, self.lengths, data.batches, *length)
+            steps, epochs, lr = args.posterior_steps, None, args.posterior_lr or args.lr / 3
+        self.plan = training.Plan(args, self.lengths, data.batches, steps, epochs, lr)
         names = dict(pretrain='all texts', prefix='all classes')
         names.update(posterior='the posterior of all classes')
         self.name = names.get(kind, label)
         self.log_prior = torch.from_numpy(run.log_prior).to(run.dev)
-        self.model, self.read, facts = genrun.build(run, kind)
+        self.model, self.read, facts = genrun.build(run, kind)  # read: the weights as loaded
         title = f'\n{self.name} ({number} of {len(run.phases)}): {counted(len(self.rows), "row")}'
         hint = '' if kind == 'posterior' else self.plan.hint(run.given)
         print(f'{title}, {self.plan}{hint}, lr {self.plan.lr:g}', *facts, sep='\n', flush=True)
@@ -251,7 +253,7 @@ def train_phase(run, kind, label, number, saved):
     if not done:
         save_resume(phase.work, args, 0, None, *state)  # from here on it can be resumed
 
-    def evaluate(step, best):  # and save the weights if they are the best
+    def evaluate(step, best):  # saves the weights if they are the best -> best score
         with interrupt.evaluation():
             score, results = phase.evaluate(step)
         log.write(step=step, **results)
@@ -343,10 +345,10 @@ def main(argv=None):
     notes, place = genrun.notes(run), (dev, dtype, reason)
     print('\n'.join(summary.describe(args, run.ds, run.train, run.cfg, place, notes)))
     print(f'{args.method}{summary.flags(args, given - {"data", "model", args.method})}', flush=True)
-    for number, phase in enumerate(run.phases, 1):
-        state = saved if genrun.was_interrupted(run, saved, *phase) else None
-        if train_phase(run, *phase, number, state):
-            return 130
+    for number, (kind, label) in enumerate(run.phases, 1):
+        state = saved if genrun.was_interrupted(run, saved, kind, label) else None
+        if code := train_phase(run, kind, label, number, state):
+            return code
         gc.collect()  # frees this model before the next one is loaded
     if args.pretrain:
         best = run.best[0] if len(run.ds.val.y) else None

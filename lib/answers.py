@@ -1,16 +1,11 @@
 """What predict.py writes of a text: a line, a JSON object, or a row of a table. A record is
 dict(text, label or None, probs {label: probability}), of some runs with logprobs and
-nats_per_token, with --explain with runner_up and explain [(word, number)]."""
+nats_per_token, with --explain with runner_up and explain [(word, number)]. Called by predict.py."""
 
 import csv
 import io
 
-from lib import files
 from lib.explain import painted
-
-
-def as_json(record):
-    return files.as_json(record, ensure_ascii=False)
 
 
 def as_line(record, screen=False, colours=False, explained=True):

@@ -1,5 +1,5 @@
 """The base model of a run: built for training, recorded in run.json, found again later. Called by
-the training scripts, lib/genrun.py and lib/runs.py."""
+train_cls.py, eval.py and the rooms that open or write runs."""
 
 import os
 from dataclasses import replace

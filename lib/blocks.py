@@ -60,13 +60,6 @@ def fast_forward(module):
     return forward.args[0] if isinstance(forward, partial) else forward  # lib/training.wrap_blocks
 
 
-def gelu_of(layer, x):
-    """GELU of a layer's output."""
-    if isinstance(layer, (FastConv1D, FastLoRA)):
-        return layer(x, gelu=True)
-    return F.gelu(layer(x), approximate='tanh')
-
-
 class Rows:
     """Where the rows (n, C) of real tokens are in a batch (B, T, C) that is padded on the right.
     lengths (B,)"""
@@ -146,7 +139,9 @@ class FastMLP:
         self.gelu = GELU(matrix)
 
     def __call__(self, x):
-        return self.mlp.resid_drop(self.c_proj(gelu_of(self.c_fc, x)))
+        packed = isinstance(self.c_fc, (FastConv1D, FastLoRA))
+        x = self.c_fc(x, gelu=True) if packed else F.gelu(self.c_fc(x), approximate='tanh')
+        return self.mlp.resid_drop(self.c_proj(x))
 
     def taped(self, x, tape):  # (B, T, C) -> the same
         x = self.gelu.taped(self.c_fc.taped(x, tape, own=True), tape)

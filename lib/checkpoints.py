@@ -1,5 +1,5 @@
 """Folders of transformers: finding them, reading their weights and config.json, writing them.
-Called by model.py, lib/base.py, lib/foreign.py, lib/runfolder.py and lib/export.py."""
+Called by model.py, lora.py and the rooms that read or write weights."""
 
 import hashlib
 import os

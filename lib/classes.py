@@ -1,5 +1,5 @@
 """The classes of a generative run: their folders, the AUC of one, the calibration of all. Called by
-train_gen.py, lib/genrun.py and lib/runs.py."""
+train_gen.py, lib/genflags.py, lib/genrun.py and lib/runs.py."""
 
 import json
 import os
@@ -96,13 +96,9 @@ def leaked(old, args, ds):
         hint = 'give the new rows as another file (--data FILE)'
         check(args.out, old.get('split'), ds, hint)
         return []
-    texts = ds.val.texts + ds.test.texts
-    try:
-        were, problem = seen(args.out, texts), 'are not known'
-    except UserError as e:
-        were, problem = None, f'cannot be read any more ({e})'
+    were = seen(args.out, ds.val.texts + ds.test.texts)
     if were is None:
-        problem = f'the training rows of the other classes {problem}'
+        problem = 'the training rows of the other classes are not known'
         return [f'{problem}; if some of them are test rows now, the results are optimistic']
     text = (
         f'{were.sum():,} of the validation and test texts were training rows of the other classes'

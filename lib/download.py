@@ -1,5 +1,5 @@
 """Files that come from elsewhere: looked up in a data folder and the cache, else downloaded into
-the cache. Called by data.py, lib/tokens.py and lib/checkpoints.py."""
+the cache. Called by the rooms that read published files."""
 
 import glob
 import hashlib

@@ -1,4 +1,5 @@
-"""A number per word: what it does for the decision. Called by `predict.py --explain`."""
+"""A number per word: what it does for the decision. Called by predict.py, lib/page.py and
+lib/answers.py."""
 
 import html
 import os

@@ -1,5 +1,5 @@
-"""The same numbers, sooner: speed_up(model) replaces `forward` and a few methods on the
-instances of a plain GPT. Called by the training scripts and lib/runs.py; leaving it out
+"""The same numbers, sooner: speed_up(model) replaces `forward` and a few methods on the instances
+of a plain GPT. Called by train_cls.py, lib/genrun.py, lib/int8.py and lib/runs.py; leaving it out
 (--plain) changes nothing but the time and, in training, which values dropout drops.
 
 An edit of model.py or lora.py takes effect: a function whose code is not the known one
@@ -7,7 +7,6 @@ An edit of model.py or lora.py takes effect: a function whose code is not the kn
 part, and a line says so."""
 
 import ctypes
-import gc
 import sys
 from types import MethodType
 
@@ -78,7 +77,6 @@ def keep_freed_memory():
     try:
         libc = ctypes.CDLL('libc.so.6')
         mallopt = libc.mallopt
-        gc.collect()  # the small copies of the comparisons: their faster parts refer to them
         libc.malloc_trim(0)  # returned to the OS for the last time
     except (OSError, AttributeError):
         return
@@ -117,13 +115,8 @@ def hidden(self, ids, of=None):  # K classes share the blocks below the first on
     copies = self.classes if of is None else 0
     if not copies or self.prompt is not None:
         return type(self).hidden(self, ids, of)
-    x, split = self.embed(ids), first_lora(self)
+    own = [any(isinstance(m, LoRA) for m in block.modules()) for block in self.h]
+    x, split = self.embed(ids), own.index(True) if True in own else 0
     for i, block in enumerate(self.h):
         x = block(x.repeat(copies, 1, 1) if i == split else x)
     return self.ln_f(x)
-
-
-def first_lora(model):
-    """Number of the first block that has a LoRA; 0 without."""
-    has = [any(isinstance(m, LoRA) for m in block.modules()) for block in model.h]
-    return has.index(True) if True in has else 0

@@ -1,5 +1,5 @@
 """The flags that both training scripts share, one function per group, and what is checked of them.
-Called by train_cls.py, train_gen.py and lib/genflags.py."""
+Called by all scripts and the rooms that read the flags of a run."""
 
 import argparse
 import os
@@ -51,6 +51,11 @@ def separator(text):
     raise argparse.ArgumentTypeError(f'{text!r} is not one character, or tab')
 
 
+def names(text):
+    """A type for Parser: a list, comma-separated."""
+    return [name.strip() for name in text.split(',')]
+
+
 def table_flags(add, of='your own data', labels=True):
     """How a user's files are read: the fields of tables.Format. labels: also of label columns."""
     text = f'text column or key of {of} (default: guessed); title,body joins two'
@@ -99,7 +104,7 @@ def lora_flags(p):
     add('--r', 'rank of the updates', positive, 8)
     add('--alpha', 'scale the updates by alpha / r', above_zero, 16.0)
     add('--dropout', 'dropout on the inputs of the updates', share, 0.05)
-    add('--targets', 'layers to update, comma-separated', str, TARGETS, 'NAMES')
+    add('--targets', 'layers to update, comma-separated', names, TARGETS, 'NAMES')
     add('--top', 'update the last N blocks only (default: all)', positive)
 
 
@@ -191,7 +196,6 @@ def check_flags(args, given, needs):
     if args.model == 'nano' and 'data' not in given:
         args.data = 'demo'
     set_defaults(args)
-    args.targets = [t.strip() for t in args.targets.split(',')]
 
 
 def set_defaults(args):
@@ -217,15 +221,14 @@ def check_saved(args, saved, path, advice):
 
     def fits(name, value):
         mine = getattr(args, name, None)
-        if name == 'targets' and isinstance(value, list):
-            return all(isinstance(t, str) for t in value)
-        if name in ('targets', 'method'):
-            return isinstance(value, str) and (name == 'targets' or value in ALL_METHODS)
+        if name == 'method':
+            return value in ALL_METHODS
+        if name == 'targets':
+            return isinstance(value, list) and all(isinstance(t, str) for t in value)
         kinds = (str, int, float) if mine is None else type(mine)
         return value is None or isinstance(value, (int, float) if kinds in (int, float) else kinds)
 
-    flags = saved.items() if isinstance(saved, dict) else [('args', None)]
-    if strange := next((n for n, v in flags if n == 'args' or not fits(n, v)), None):
+    if strange := next((n for n, v in saved.items() if not fits(n, v)), None):
         raise UserError(f'{path} is damaged: its flag --{strange} is malformed; {advice}')
 
 
@@ -238,7 +241,6 @@ def resumed(args, given, saved):
         raise UserError(f'{args.out} {text}; resume with the one that did')
     check_saved(args, saved, args.out, 'start the run again')
     saved_as = {**saved, 'lora': saved['method'] == 'lora'}  # typed or not
-    saved_as['targets'] = ','.join(saved['targets'] or ())
     for name in sorted(given - {'resume', 'out'}):
         if getattr(args, name) != saved_as[name]:
             text = f"differs from the interrupted run's {saved_as[name]}"

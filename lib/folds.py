@@ -1,5 +1,5 @@
-"""Cross-validation: which training rows a fold holds out. Called by train_cls.py, lib/rundata.py
-and lib/repeat.py."""
+"""Cross-validation: which training rows a fold holds out. Called by lib/rundata.py and
+lib/repeat.py."""
 
 from dataclasses import replace
 

@@ -23,13 +23,11 @@ def needs(args):
     text = '--prefix or --posterior_steps: classes and pretraining have scores of their own'
     found['select'] = (text, args.prefix or args.posterior_steps)
     found['prior'] = ('classes', args.method != 'pretrain')
-    training_flags = 'max_steps epochs batch_size batch_tokens grad_accum lr weight_decay warmup '
-    training_flags += (
-        'schedule clip trunk_dropout patience eval_every log_every compile cuda_graphs '
-    )
-    training_flags += 'gradient_checkpointing'
+    of_training = """max_steps epochs batch_size batch_tokens grad_accum lr weight_decay warmup
+    schedule clip trunk_dropout patience eval_every log_every compile cuda_graphs
+    gradient_checkpointing""".split()
     text = 'training, and --zero_shot has none'
-    found.update(dict.fromkeys(training_flags.split(), (text, trains)))
+    found.update(dict.fromkeys(of_training, (text, trains)))
     return found
 
 
@@ -75,12 +73,9 @@ def inherit(args, given):
             continue
         if name not in given:
             setattr(args, name, value)
-        elif name in ALIKE:
-            typed = getattr(args, name)
-            if (typed.split(',') if name == 'targets' else typed) != value:
-                others = f'the other classes of {args.out} have {value}'
-                raise UserError(f'--{name} {typed}: {others}, and all must be alike')
-    args.targets = ','.join(args.targets) if isinstance(args.targets, list) else args.targets
+        elif name in ALIKE and getattr(args, name) != value:
+            others = f'the other classes of {args.out} have {value}'
+            raise UserError(f'--{name} {getattr(args, name)}: {others}, and all must be alike')
     given.update(('data', 'model'))  # those of the run, not the defaults
     if 'max_steps' in given:
         args.epochs = None

@@ -120,10 +120,7 @@ def plan_phases(run, saved):
     phases += [('posterior', None)] if args.posterior_steps else []
     if not saved:
         return phases
-    work = os.path.normpath(saved['work'] or '')
-    return [
-        p for p in phases if os.path.normpath(work_folder(run, *p)) == work or not done(run, *p)
-    ]
+    return [p for p in phases if was_interrupted(run, saved, *p) or not done(run, *p)]
 
 
 def work_folder(run, kind, label):

@@ -33,11 +33,10 @@ def inherit(args, given):
         why = f'{path} was trained with --{method}; leave the flag out, or use --model'
         raise UserError(f'--{args.method}: {why}')
     for name in (*ALIKE, *METHODS, *READING):
-        value = ','.join(old[name]) if name == 'targets' else old[name]
         if name not in given:
-            setattr(args, name, value)
-        elif name in (*ALIKE, 'last', 'prompt') and getattr(args, name) != value:
-            why = f'{path} has {value}, and --init goes on with its model; leave the flag out'
+            setattr(args, name, old[name])
+        elif name in (*ALIKE, 'last', 'prompt') and getattr(args, name) != old[name]:
+            why = f'{path} has {old[name]}, and --init goes on with its model; leave the flag out'
             raise UserError(f'--{name} {getattr(args, name)}: {why}')
     args.method, args.model = method, os.path.abspath(path)
     if method in ('lora', 'adapter', 'prompt'):

@@ -1,5 +1,5 @@
-"""How sure a number is: intervals and tests. Called by lib/metrics.py, lib/seeds.py, eval.py and
-docs/."""
+"""How sure a number is: intervals and tests. Called by eval.py, lib/metrics.py, lib/page.py,
+lib/repeat.py and lib/seeds.py."""
 
 import math
 
@@ -19,15 +19,11 @@ def wilson(right, n):
 
 def bootstrap(scores, n, keys, samples=500):
     """95 % intervals (percentiles; Efron and Tibshirani 1993) of scores that have no formula.
-    scores: a function of row numbers (n,) -> {key: number} -> {key: (low, high)}, the same ones
-    every time; without keys that are None."""
+    scores: a function of row numbers (n,) -> {key: number} -> {key: [low, high]}, the same ones
+    every time."""
     rng = np.random.default_rng(0)
     drawn = [scores(rng.integers(0, n, n)) for _ in range(samples)]
-    out = {}
-    for key in keys:
-        if drawn[0][key] is not None:
-            out[key] = tuple(float(x) for x in np.percentile([s[key] for s in drawn], (2.5, 97.5)))
-    return out
+    return {key: np.percentile([s[key] for s in drawn], (2.5, 97.5)).tolist() for key in keys}
 
 
 def rows_difference(d):

@@ -1,4 +1,5 @@
-"""The measures of bench.py: arithmetic, time and memory. Called by bench.py and lib/peers.py."""
+"""The measures of bench.py: arithmetic, time and memory. Called by bench.py, lib/onnxpeers.py,
+lib/peers.py and lib/sides.py."""
 
 import contextlib
 import platform

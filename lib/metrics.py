@@ -1,5 +1,5 @@
-"""Numbers about predictions: arrays in, plain numbers out. Called by eval.py and both train
-scripts; lib/report.py and lib/plots.py show what it returns."""
+"""Numbers about predictions: arrays in, plain numbers out. Called by eval.py, both train scripts
+and other rooms."""
 
 import math
 

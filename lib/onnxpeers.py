@@ -1,6 +1,6 @@
 """The same classifier run by ONNX Runtime and by OpenVINO, and the same language models by
 CTranslate2, for bench.py. What these packages read is made from bench.py's base model and kept in
-the cache. Each is imported only where it runs.
+the cache. Each is imported only where it runs. Called by bench.py.
 
 Their texts come in batches like ours: of like length, as many as fit 512 tokens. args: bench.py's
 flags. side: package and precision, as 'onnxruntime int8'."""

@@ -1,5 +1,5 @@
 """The same work done by Hugging Face's transformers and PEFT, for bench.py. Both are imported
-inside the functions, only where a peer runs.
+inside the functions, only where a peer runs. Called by bench.py, lib/onnxpeers.py and lib/sides.py.
 
 args: bench.py's flags. peer: 'default', 'half' or 'best', see bench.py. Every function returns
 ([speeds of a block of steps], lengths in tokens of the texts)."""
@@ -182,25 +182,16 @@ def theirs_trainer(args, folder, peer):
         labels = torch.tensor([b['labels'] for b in batch])
         return dict(input_ids=ids, attention_mask=mask, labels=labels)
 
-    fast = dict(train_sampling_strategy='group_by_length') if best and trains else {}
+    how = dict(train_sampling_strategy='group_by_length') if best and trains else {}
     eval_batch = (256 if args.device.startswith('cuda') else 32) if best else args.batch_size
-    sizes = dict(per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=eval_batch)
-    quiet = dict(save_strategy='no', logging_strategy='no', report_to=[], disable_tqdm=True)
-    half = dict(bf16=half, bf16_full_eval=half and best)
-    with tempfile.TemporaryDirectory() as folder_of_trainer:
-        settings = dict(max_steps=last, learning_rate=1e-4, use_cpu=args.device == 'cpu')
-        targs = TrainingArguments(
-            folder_of_trainer,
-            remove_unused_columns=False,
-            **settings,
-            **sizes,
-            **quiet,
-            **half,
-            **fast,
-        )
+    how.update(per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=eval_batch)
+    how.update(save_strategy='no', logging_strategy='no', report_to=[], disable_tqdm=True)
+    how.update(bf16=half, bf16_full_eval=half and best, remove_unused_columns=False)
+    how.update(max_steps=last, learning_rate=1e-4, use_cpu=args.device == 'cpu')
+    with tempfile.TemporaryDirectory() as place:
         trainer = Trainer(
             model=adapted(args, folder, best),
-            args=targs,
+            args=TrainingArguments(place, **how),
             train_dataset=rows,
             data_collator=collate,
             callbacks=[clock(times, first, last, args.device)],

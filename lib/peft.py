@@ -1,5 +1,5 @@
 """Folders of PEFT (adapter_config.json, adapter_model.safetensors): LoRA and prompt tuning of a
-GPT, written and read. Called by lib/runfolder.py, lib/runs.py, lib/foreign.py and train_gen.py."""
+GPT, written and read. Called by lib/runfolder.py, lib/runs.py, lib/foreign.py and lib/genrun.py."""
 
 import json
 import os
@@ -60,9 +60,7 @@ def save_peft(folder, model, base_name, index=None):
         tensors = {key: t[index] for key, t in tensors.items()}
     save_safetensors(os.path.join(folder, 'adapter_model.safetensors'), tensors)
     more = {n: p.detach().float() for n, p in extras(model).items()}
-    # with classes, the weights of the one base are saved apart, and LoRA's are all in `tensors`
-    assert index is None or not any(isinstance(m, LoRA) for m in model.modules()) or not more
-    if more and index is None:
+    if more and index is None:  # with classes, the weights of the one base are saved apart
         save_safetensors(os.path.join(folder, EXTRA), more)
     files.write_json(os.path.join(folder, 'adapter_config.json'), config)
 
@@ -238,7 +236,7 @@ def lora_options(config, model):
     targets = config['targets']
     if isinstance(targets, str):
         available = list(lora.layers(model, blocks=config['blocks']))
-        config = {**config, 'targets': matching(targets, available)}
+        config['targets'] = matching(targets, available)
         if not config['targets']:
             known = ', '.join(sorted({n.split('.', 2)[2] for n in available}))
             problem = f'{targets!r} matches no layer of this model'

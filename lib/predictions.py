@@ -1,5 +1,5 @@
-"""Predictions in files: what both train scripts leave in a run folder, and what
-`eval.py --preds FILE --labels FILE` scores, whatever program wrote it."""
+"""Predictions in files: what both train scripts leave in a run folder, and what `eval.py --preds
+FILE --labels FILE` scores, whatever program wrote it. Called by eval.py and both train scripts."""
 
 import json
 import os

@@ -1,5 +1,5 @@
 """Prompts of `train_gen.py --zero_shot`: in front of a text, or with --direct behind it. What the
-prompts of a data set share cancels between its classes."""
+prompts of a data set share cancels between its classes. Called by train_gen.py."""
 
 from lib import files
 from lib.files import UserError

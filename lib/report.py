@@ -1,5 +1,5 @@
 """Text for people: what lib/metrics.py returns as tables of at most 100 columns, and numbers of
-things. Called by eval.py and both train scripts; counted() by all who count."""
+things. Called by eval.py and both train scripts; counted() by rooms as well."""
 
 from numbers import Number
 

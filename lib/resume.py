@@ -1,4 +1,5 @@
-"""resume.pt, the state from which an interrupted run goes on. Called by both train scripts."""
+"""resume.pt, the state from which an interrupted run goes on. Called by both train scripts,
+lib/genflags.py and lib/repeat.py."""
 
 import glob
 import os

@@ -1,6 +1,5 @@
 """What a run was trained on: its data set read again and verified, hashes of its texts, and labels
-matched by name. Called by eval.py, both train scripts, lib/runfolder.py, lib/genrun.py and
-lib/classes.py.
+matched by name. Called by eval.py, predict.py, both train scripts and other rooms.
 
 train_texts.bin in a run folder holds little-endian 64-bit hashes: of the training, validation and
 test rows, then of each training text, sorted."""
@@ -62,10 +61,7 @@ def some_rows(split, n, seed):
         raise UserError(f'--eval_samples {n} {why}: give {len(classes)} or more')
     rest = np.cumsum(have - 1) * ((n - len(classes)) / (len(split.y) - len(classes)))
     counts = 1 + np.diff(np.round(rest), prepend=0).astype(int)  # sum is n
-    rng = np.random.RandomState(seed % 2**32)
-    rows = [rng.permutation(np.flatnonzero(split.y == c))[:k] for c, k in zip(classes, counts)]
-    kept = np.sort(np.concatenate(rows))
-    return data.Split([split.texts[i] for i in kept], split.y[kept])
+    return data.cap(split, counts, seed)
 
 
 def form_of(info):

@@ -1,5 +1,5 @@
-"""Run folders: a name for a new one, run.json read and checked, weights written. Called by the
-scripts, lib/genrun.py and lib/runs.py."""
+"""Run folders: a name for a new one, run.json read and checked, weights written. Called by
+train_cls.py, eval.py and other rooms."""
 
 import itertools
 import os
@@ -35,7 +35,7 @@ def free_folder(name, method):
 
 def begin(args, ds, model, read, saved):
     """Make the folder of a discriminative run, or take over that of the run to resume. read: see
-    save_weights. -> contents of run.json"""
+    save. -> contents of run.json"""
     args.out = args.out or ranks.from_rank_zero(lambda: free_folder(args.data, args.method))
 
     def claim():
@@ -57,25 +57,19 @@ def begin(args, ds, model, read, saved):
 
 
 def save(folder, model, info, read, results):
-    """Write what train_cls.py trained, and run.json; info: its contents but for `results`."""
-    base_name = base.peft_base(folder, info)
-    save_weights(folder, model, info['method'], info['labels'], base_name, read)
-    files.write_json(os.path.join(folder, 'run.json'), {**info, 'results': results})
-
-
-def save_weights(folder, model, method, labels, base_name, read=None):
-    """Write what a method of train_cls.py trained, in the format that other programs load: a folder
-    of transformers or PEFT, or adapter.safetensors. read: {plain name: float32 tensor} of the base
-    model, for the weights that stay frozen."""
-    if method in ('lora', 'prompt'):
-        save_peft(folder, model, base_name)
-    elif method == 'adapter':
+    """Write what train_cls.py trained, in the format that other programs load: a folder of
+    transformers or PEFT, or adapter.safetensors. And run.json; info: its contents but for
+    `results`. read: {plain name: float32 tensor} of the base model, for what stays frozen."""
+    if info['method'] in ('lora', 'prompt'):
+        save_peft(folder, model, base.peft_base(folder, info))
+    elif info['method'] == 'adapter':
         trained = {n: p.detach() for n, p in lora.trainables(model).items()}
         save_safetensors(os.path.join(folder, 'adapter.safetensors'), trained)
     else:
-        state = {**(read or {}), **lora.trained_state(model)}
+        state = {**read, **lora.trained_state(model)}
         assert lora.trainables(model).keys() <= state.keys(), 'all of it is saved'
-        checkpoints.save_hf(folder, model.cfg, state, labels)
+        checkpoints.save_hf(folder, model.cfg, state, info['labels'])
+    files.write_json(os.path.join(folder, 'run.json'), {**info, 'results': results})
 
 
 def notes(model, method, pool='last'):

@@ -1,5 +1,5 @@
-"""Trained runs, opened to classify texts. Called by predict.py, eval.py, lib/export.py and the
-final tests of the training scripts.
+"""Trained runs, opened to classify texts. Called by predict.py, eval.py, bench.py, both train
+scripts, lib/export.py and lib/repeat.py.
 
 Shapes in the comments: N texts, K classes, V vocabulary."""
 

@@ -1,5 +1,5 @@
-"""Evaluation: a model on many texts, in batches of like length. Called by the training scripts, by
-lib/runs.py and lib/frozen.py."""
+"""Evaluation: a model on many texts, in batches of like length. Called by both train scripts,
+bench.py, lib/runs.py, lib/windows.py and lib/frozen.py."""
 
 import numpy as np
 import torch

@@ -1,5 +1,5 @@
 """A user's own tables: CSV, TSV and JSONL with a text and a label per row. Called by data.py,
-predict.py and eval.py."""
+predict.py, eval.py and other rooms."""
 
 import csv
 import io
@@ -199,11 +199,6 @@ def read_rows(path, form=GUESSED):
         for where, row in rows_of(f, path, form, []):
             text_cols = text_cols or only_text(where, row, form)
             yield row, text_of(where, row, text_cols)
-
-
-def read_texts(path, form=GUESSED):
-    """Yield the texts of a file one by one, as read_rows finds them."""
-    return (text for _, text in read_rows(path, form))
 
 
 def only_text(where, columns, form):

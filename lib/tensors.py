@@ -1,5 +1,5 @@
 """Tensors in files: safetensors, read memory-mapped and written; torch's pickles, read without
-running code. Called by lib/checkpoints.py, lib/peft.py, lib/runs.py and lib/resume.py."""
+running code. Called by model.py and the rooms that read, write or pack weights."""
 
 import ctypes
 import json

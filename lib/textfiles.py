@@ -1,5 +1,5 @@
-"""A user's text files opened: what kind they are, .gz, encodings. Called by lib/tables.py and
-lib/flags.py."""
+"""A user's text files opened: what kind they are, .gz, encodings. Called by lib/flags.py,
+lib/runfolder.py, lib/summary.py and lib/tables.py."""
 
 import codecs
 import contextlib

@@ -1,5 +1,5 @@
-"""What surrounds the training loop: the plan of its steps, optimizer and clipping, the
-log. Called by both train scripts, which spell out the loop itself."""
+"""What surrounds the training loop: the plan of its steps, optimizer and clipping, the log. Called
+by both train scripts, which spell out the loop itself, bench.py and lib/genrun.py."""
 
 import bisect
 import hashlib

@@ -3,7 +3,6 @@ lib/fast.py puts FastVocabulary into a model."""
 
 import torch
 
-from lib.matrices import Packed
 from lib.tensors import stamp
 
 SPARE = 8  # columns of the packed product besides the model's: the shift's, and zeros for alignment
@@ -87,7 +86,7 @@ class NextLogprobs(torch.autograd.Function):
         return dh.to(h.dtype), dW.to(W.dtype), None, None
 
 
-def packed_vocabulary(W, matrix=Packed):
+def packed_vocabulary(W, matrix):
     """wte (V, C) -> COLUMNS of W^T each, packed, plus a row of ones, so that the shift is part
     of the product, and rows of zeros."""
     W = torch.cat((W.detach().t(), W.new_ones(1, len(W)), W.new_zeros(SPARE - 1, len(W))))

@@ -1,5 +1,5 @@
-"""What bench.py measures on: a base model with random weights, and real texts. Both sides read
-the same files and the same token ids. Called by bench.py, lib/peers.py and docs/experiments.py.
+"""What bench.py measures on: a base model with random weights, and real texts. Both sides read the
+same files and the same token ids. Called by bench.py and its rooms.
 
 args: bench.py's flags; args.shared is the folder of one run that all its processes read."""
 

@@ -34,8 +34,8 @@ from lib.plots import read_log
 from lib.prompts import prompts_of
 from lib.resume import load_resume, restore, save_resume
 from lib.rundata import own_data
-from lib.runfolder import read_run, save_weights
-from lib.tables import Format, read_own, read_rows, read_texts
+from lib.runfolder import read_run, save
+from lib.tables import Format, read_own, read_rows
 from lib.tensors import load_bin, load_safetensors, save_safetensors
 from lib.tokens import tokenize, tokenizer
 from lib.training import Log
@@ -320,7 +320,7 @@ def fuzz_csv(folder, sep=','):
             (
                 lambda: data.load(path),
                 lambda: data.load(path),
-                lambda: list(read_texts(path)),
+                lambda: list(read_rows(path)),
                 lambda: data.load(path, form=Format('n', 'label')),
                 lambda: read_own(folder),
             )
@@ -413,7 +413,7 @@ def fuzz_jsonl(folder):
         new = b'\n'.join(new)
         path = write('x.jsonl', damaged(rng, new) if rng.random() < 0.2 else new, folder)
         return rng.choice(
-            (lambda: data.load(path), lambda: data.load(path), lambda: list(read_texts(path)))
+            (lambda: data.load(path), lambda: data.load(path), lambda: list(read_rows(path)))
         )
 
     return case
@@ -990,7 +990,9 @@ def fuzz_foreign(folder):
     for method in ('full', 'lora', 'prompt'):
         there, model = os.path.join(folder, method), formula_model(FUZZED, 2)
         lora.adapt(model, method, r=2, prompt=3, targets=ALL)
-        save_weights(there, model, method, ['no', 'yes'], os.path.join(folder, 'full'))
+        base = dict(name=os.path.join(folder, 'full'))
+        save(there, model, dict(method=method, labels=['no', 'yes'], base=base), {}, {})
+        os.remove(os.path.join(there, 'run.json'))
         write_json(
             os.path.join(there, 'tokenizer_config.json'),
             dict(model_max_length=16, truncation_side='left'),

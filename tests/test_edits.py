@@ -106,7 +106,8 @@ def place():
 @contextlib.contextmanager
 def watched(module, found):
     """Inside, what trains is noted in `found` whenever weights are saved."""
-    save = module.save_weights
+    name = 'save_weights' if module is lib.genrun else 'save'
+    save = getattr(module, name)
 
     def note(*a, **k):
         model = a[1].model if module is lib.genrun else a[1]
@@ -115,7 +116,7 @@ def watched(module, found):
             found[kind, n] = p.detach().clone()
         return save(*a, **k)
 
-    with patched(module, 'save_weights', note):
+    with patched(module, name, note):
         yield
 
 

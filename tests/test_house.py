@@ -133,6 +133,35 @@ def test_the_loop_is_in_sight():
             assert word in loop, (name, word)
 
 
+def imported(path):
+    """The rooms that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text('utf-8'))):
+        module = getattr(node, 'module', None) or ''
+        names = {a.name for a in getattr(node, 'names', ()) if isinstance(a, ast.alias)}
+        found |= names if module == 'lib' else {module[4:]} if module[:4] == 'lib.' else set()
+        found |= {n[4:] for n in names if n[:4] == 'lib.'}
+    return found
+
+
+def test_rooms_name_their_callers():
+    """Whoever the head of a room says calls it imports it; where it does not speak of rooms or
+    scripts at large, nobody else does."""
+    of = {path.relative_to(HOUSE).as_posix(): imported(path) for path in sources().values()}
+    wrong = {}
+    for room, path in rooms().items():
+        head = ast.get_docstring(ast.parse(path.read_text('utf-8')))
+        found = re.search(r'Called\s+by\s+(?:[^.]|\.(?=\w))*\.', head or '')
+        if found:
+            words = re.sub(r'both train(ing)? scripts', 'train_cls.py train_gen.py', found[0])
+            named = set(re.findall(r'[\w/]+\.py', words.replace('\n', ' ')))
+            callers = {name for name, rooms in of.items() if room in rooms}
+            large = re.search(r'rooms|script|modules|everything', words)
+            if not named <= callers or not large and named != callers:
+                wrong[room] = named ^ callers
+    assert not wrong, wrong
+
+
 def test_line_counts_in_the_readme():
     """Every table row `| [file](file) | ... | N |` of README.md has the file's number of lines."""
     text = (HOUSE / 'README.md').read_text(encoding='utf-8')
