@@ -270,3 +270,13 @@ def test_several_interrupted_classes():
         generate('--resume', out=out)
         assert there <= set(os.listdir(out)), os.listdir(out)
     assert open_run(out, 'cpu', 'fp32').logits(['cat']).shape == (1, 2)
+
+
+def test_targets_with_spaces_are_those_of_the_run():
+    out = os.path.join(tmp(), 'run')
+    flags = [*TINY, '--max_steps', '2', '--targets', 'c_attn, mlp.c_proj', '--out', out]
+    with patched(train_cls, 'test', stop_here):
+        raises(Stop, train_cls.main, flags)
+    assert not script(train_cls.main, [*flags, '--resume'])[0]
+    again = train('--init', out, *TINY[:2], '--quick', *flags[-6:-2])[0]
+    assert open_run(again).info['args']['targets'] == ['c_attn', 'mlp.c_proj']
