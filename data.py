@@ -52,13 +52,14 @@ def read(name, data_dir, val, test, form, notes):
     """-> {split: rows}, labels in order or None, form with the columns that were read.  val, test:
     files that replace these splits"""
     if name in READERS:
-        if any(form[:5]) and not (val or test):
-            given = [f'--{flag}' for flag, value in zip(Format._fields[:5], form) if value]
-            raise UserError(f'{given[0]} is for your own files; leave it out with {name}')
+        given = [flag for flag, value in form._replace(like=None)._asdict().items() if value]
+        if given and not (val or test):
+            raise UserError(f'--{given[0]} is for your own files; leave it out with {name}')
         rows, labels = READERS[name](data_dir)
         rows = {split: [(str(t), str(label)) for t, label in part] for split, part in rows.items()}
         labels = labels and [str(label) for label in labels]
-        notes += ['demo is synthetic text that this program makes'] * (name == 'demo')
+        if name == 'demo':
+            notes.append('demo is synthetic text that this program makes')
     elif os.path.exists(name):
         (rows, form), labels = tables.read_own(name, form, notes), None
         notes.append(f'columns: {form.text_col!r} is the text, {form.label_col!r} the label')
@@ -111,7 +112,8 @@ def load(
     if one_pool:
         train = list(dict.fromkeys(train))  # equal rows must not be on both sides of the split
         dropped = len(rows['train']) - len(train)
-        notes += [f'{counted(dropped, "exact duplicate")} dropped'] * (dropped > 0)
+        if dropped:
+            notes.append(f'{counted(dropped, "exact duplicate")} dropped')
     if balance:
         n, before = min(count(train, labels)), len(train)
         train = [train[i] for i in sample(train, labels, [n] * len(labels), rng)]
@@ -131,7 +133,8 @@ def load(
     for held in ('test', 'val'):
         both = sum(text in texts for text, _ in rows[held])
         left = 'give other rows' if both > len(rows[held]) // 2 else 'left as they are'
-        notes += [f'{counted(both, f"{held} text")} also in train ({left})'] * (both > 0)
+        if both:
+            notes.append(f'{counted(both, f"{held} text")} also in train ({left})')
     ids = {label: i for i, label in enumerate(labels)}
 
     def split(part):

@@ -168,12 +168,12 @@ def main(argv=None):
     out = sys.stderr if args.json == '-' else sys.stdout
     if args.preds:
         labels, y, probs, pred = read_preds(args.preds, args.labels)
-        names, every, tests = [args.preds], [probs], []
-        results = [metrics(probs, y, labels, pred=pred)]
+        names, tests = [args.preds], []
+        results, probs = [metrics(probs, y, labels, pred=pred)], [probs]
         source = dict(data=args.labels, split=None)
     else:
         ds, labels, y, scored, groups = score(args, out)
-        names, (results, every, preds) = args.run, zip(*scored)
+        names, (results, probs, preds) = args.run, zip(*scored)
         right = [pred == y for pred in preds]
         tests = [] if groups else [compare(right[0], other) for other in right[1:]]
         source = dict(data=ds.name, split=args.split)
@@ -190,7 +190,7 @@ def main(argv=None):
         update_results(args.run[0], results[0])
     if args.plot:
         logs = [read_log(os.path.join(run, 'log.jsonl')) for run in args.run]
-        for path in plot(args.plot, names, labels, y, every, results, logs):
+        for path in plot(args.plot, names, labels, y, probs, results, logs):
             print(f'wrote {path}', file=out)
     tested = [dict(t, run=name, against=names[0]) for name, t in zip(names[1:], tests)]
     scores = [dict(m, run=name) for name, m in zip(names, results)]

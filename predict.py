@@ -180,7 +180,7 @@ def main(argv=None):
     run.rule, run.windows = args.rule or run.rule, args.windows
     paragraphs, lengths, table = [], [], args.out and Table.of(args.out)
     screen = sys.stdout.isatty() and not args.out
-    painted = screen and coloured(sys.stdout)
+    colours = screen and coloured(sys.stdout)
     if not args.text and not args.file:
         sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
 
@@ -189,7 +189,7 @@ def main(argv=None):
             return table.row(row, record)
         if args.json:
             return files.as_json(record, ensure_ascii=False)
-        return as_line(record, screen, painted, not args.html)
+        return as_line(record, screen, colours, not args.html)
 
     def lines(rows):
         rows = iter(rows)
