@@ -145,7 +145,7 @@ def adapt(model, method, last=0, bottleneck=64, prompt=0, classes=0, **options):
     a run calls it as well. options: arguments of add_lora. -> names of the wrapped layers"""
     wrapped = []
     everything = method in ('full', 'pretrain', 'prefix')
-    for name, p in model.named_parameters():  # what an edit added to GPT-2 always trains
+    for name, p in model.named_parameters():  # what has a name that GPT-2 lacks always trains
         p.requires_grad_(everything or not NAMES.fullmatch(name))
     if method == 'lora':
         wrapped = add_lora(model, classes=classes, **options)

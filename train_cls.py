@@ -1,5 +1,5 @@
 """Train a discriminative classifier: GPT-2 reads the text, and a linear head reads GPT-2's state at
-the last token.
+the last token (or --pool).
 
     python train_cls.py --lora --r 8                    SST-2, LoRA (without a network: the demo)
     python train_cls.py --data mine.csv --last 2        your own texts, the last two blocks
@@ -122,17 +122,17 @@ def main(argv=None):
     info = runfolder.begin(args, ds, model, original, resumed)
     facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method, args.pool)
     device.place(model, dev, dtype)
-    if not args.plain:  # the same numbers, sooner: you may delete these lines
+    if not args.plain:  # the same numbers to rounding, sooner: you may delete this
         fast.speed_up(model, dev, dtype, pack=not args.compile)
     training.wrap_blocks(model, args)  # --gradient_checkpointing, --compile
     params, net = lora.trainables(model), ranks.wrap(model.train())
-    opt = training.make_optimizer(model, args.lr, args.weight_decay)
-    scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
-    state = params, opt, scaler  # what resume.pt holds; to add to it: {**params, 'mine': tensor}
 
     # --- the steps ---
     lengths = np.minimum(train.lengths, args.max_length)  # (N,) tokens that are read
     plan = training.Plan(args, lengths, data.batches, args.max_steps, args.epochs, args.lr)
+    opt = training.make_optimizer(model, args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
+    state = params, opt, scaler  # in resume.pt; add schedulers, or {**params, 'mine': tensor}
     where = args.max_length, args.keep, dev, dtype
     counts, balanced = np.bincount(ds.train.y), args.class_weights == 'balanced'
     weights = len(ds.train.y) / (len(counts) * counts) if balanced else np.ones(len(counts))  # (K,)
@@ -140,7 +140,7 @@ def main(argv=None):
     print('\n'.join(summary.describe(args, ds, train, model.cfg, (dev, dtype, reason)) + facts))
     changed = given - {'lr', 'data', 'model', 'max_steps', 'epochs', *flags.METHODS['cls']}
     print(f'{plan}{plan.hint(given)}, lr {args.lr:g}{summary.flags(args, changed)}', flush=True)
-    done, best = restore(resumed, *state) if resumed else (0, None)  # steps, score
+    done, best = restore(resumed, *state) if resumed else (0, None)  # steps; score, minus its step
     log = training.Log(args.out, plan, ds.train.texts, done, device=dev)
     if not resumed:
         save_resume(args.out, args, 0, None, *state)  # from here on the run can be resumed
@@ -194,7 +194,7 @@ def main(argv=None):
         for step, rows in plan.steps(opt, interrupt, done):  # sets lr, seeds dropout
             if log.stops(done, best):
                 break
-            parts, factor = plan.parts(rows)
+            parts, factor = plan.parts(rows)  # factor: 1, or the number of ranks
             scale, loss = factor / weight_of(rows), 0.0
             for part in parts:
                 batch = batch_of(part)

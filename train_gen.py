@@ -246,7 +246,7 @@ def train_phase(run, kind, label, number, saved):
     params, phase.net = lora.trainables(model), ranks.wrap(model.train())
     opt = training.make_optimizer(model, plan.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=run.dtype == torch.float16)
-    state = params, opt, scaler  # what resume.pt holds
+    state = params, opt, scaler  # in resume.pt; add schedulers, or {**params, 'mine': tensor}
     graphs = Graphs(phase.loss_of, params.values(), scaler) if args.cuda_graphs else None
     done, best = restore(saved, *state) if saved else (0, None)  # steps, score
     log = phase.log(done)

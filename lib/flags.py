@@ -123,10 +123,10 @@ def optim_flags(p):
     rates = ', '.join(f'{method} {rate:g}' for method, rate in LR.items())
     rates += f', --scratch {LR_SCRATCH:g}, LoRA on nano {LR_NANO["cls"]:g}, in train_gen.py '
     add('--lr', f'peak learning rate (default: {rates}{LR_NANO["gen"]:g})', above_zero)
-    add('--weight_decay', 'AdamW weight decay (matrices only)', not_negative, 0.01)
+    add('--weight_decay', 'AdamW weight decay (matrices only, no embeddings)', not_negative, 0.01)
     add('--warmup', 'fraction of the steps in which the learning rate rises', share, 0.06)
     schedules = ('linear', 'cosine', 'constant')
-    add('--schedule', 'learning rate after the warmup: to 0, or constant', schedules, 'linear')
+    add('--schedule', 'learning rate after the warmup', schedules, 'linear')
     add('--clip', 'max gradient norm (0 = off)', not_negative, 1.0)
     add('--trunk_dropout', "GPT-2's own dropout: embedding, attention, residual", share, 0.0)
     text = 'validation score that chooses the weights to save; ties: the lower nll'

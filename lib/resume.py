@@ -11,17 +11,18 @@ from lib.files import UserError
 from lib.tensors import load_pickle
 
 
-def save_resume(out, args, step, best, params, opt, scaler, due=False):
+def save_resume(out, args, step, best, params, opt, scaler, *more, due=False):
     """Write out/resume.pt: all that the rest of the run depends on, in types that weights_only
-    loads. due: the evaluation after this step is still to be done. Batches and dropout are pure
-    functions of seed and step, and the best weights are in the run folder already. Step 0 has
-    nothing but the flags."""
+    loads. more: what else an edit has with a state_dict(), such as schedulers. due: the evaluation
+    after this step is still to be done. Batches and dropout are pure functions of seed and step,
+    and the best weights are in the run folder already. Step 0 has nothing but the flags."""
     state = dict(args=dict(vars(args)), step=step, best=best, due=due)
     if step:
         state.update(
             params={n: p.detach() for n, p in params.items()},
             opt=opt.state_dict(),
             scaler=scaler.state_dict(),
+            more=[x.state_dict() for x in more],
         )
     files.write_atomic(os.path.join(out, 'resume.pt'), lambda f: torch.save(state, f))
 
@@ -49,7 +50,7 @@ def load_resume(out):
     return {**saved, 'due': saved.get('due') is True}
 
 
-def restore(saved, params, opt, scaler):
+def restore(saved, params, opt, scaler, *more):
     """Put a saved state back. -> (steps done, best score so far)"""
     try:
         if saved['step']:
@@ -57,6 +58,9 @@ def restore(saved, params, opt, scaler):
                 for n, p in params.items():
                     p.copy_(saved['params'][n])
             groups = opt.state_dict()['param_groups']  # these settings come from the flags
+            for group, old in zip(groups, saved['opt'].get('param_groups', ())):
+                if 'initial_lr' in group:  # but the rates of a scheduler, which goes on from them
+                    group['lr'] = old['lr']
             opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=groups))
             for p in params.values():
                 state = opt.state.get(p, {}) if type(opt) is torch.optim.AdamW else {}  # of ours
@@ -67,6 +71,10 @@ def restore(saved, params, opt, scaler):
                 if state and not 0 <= float(state['step']) <= saved['step']:
                     raise ValueError('a state of other steps')
             scaler.load_state_dict(saved['scaler'])
+            if len(more) != len(saved.get('more', ())):
+                raise ValueError('a state of other objects')
+            for x, state in zip(more, saved.get('more', ())):
+                x.load_state_dict(state)
         if saved['best'] is not None and not all(type(v) in (int, float) for v in [*saved['best']]):
             raise ValueError('a score that is no number')
         return saved['step'], saved['best']

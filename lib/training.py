@@ -92,6 +92,8 @@ class Plan:
             rate = lr_at(step, self.max_steps, self.lr, self.args.warmup, self.args.schedule)
             for i, group in enumerate(opt.param_groups):
                 if 'initial_lr' in group or group['lr'] != given.get(i, group['lr']):
+                    if not own and ranks.rank() == 0:
+                        print('note: the script sets the rate: --warmup, --schedule do nothing')
                     own.add(i)
                 if i not in own:
                     given[i] = group['lr'] = ratios.setdefault(i, group['lr'] / self.lr) * rate

@@ -33,8 +33,8 @@ def edited(info):
 def note_edits(path, info):
     """Say so if it was."""
     if edited(info):
-        text = f'note: {path} was trained with another model.py or lora.py than those here'
-        print(f'{text}, which compute its results now', file=sys.stderr)
+        text = f'note: {path} was trained with another model.py or lora.py'
+        print(f'{text}; its results now come from those here', file=sys.stderr)
 
 
 def code_of(classes):

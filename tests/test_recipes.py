@@ -26,6 +26,7 @@ RUNS = {
     'The LoRA formula: a learned scale per output': ('train_cls', ['--lora'], True, 'LoRA'),
     'The LoRA formula: scale alpha / sqrt(r)': ('train_cls', ['--lora'], True, None),
     'The optimizer: LoRA+': ('train_cls', ['--lora'], True, None),
+    'The optimizer: SGD, and a schedule of torch': ('train_cls', ['--lora'], True, None),
     'The generative loss: the mean over texts instead of tokens': (
         'train_gen',
         ['--full'],
@@ -158,3 +159,21 @@ def test_recipes_of_lora():
 
 def test_every_recipe_is_tried():
     assert list(recipes()) == list(RUNS)
+
+
+def test_a_schedule_of_torch_goes_on():
+    """A run with that recipe, interrupted and resumed, has the losses of one that was not."""
+    needs_fork()
+    title = 'The optimizer: SGD, and a schedule of torch'
+    check(title)
+    argv, edits = flags_of(title), recipes()[title]
+    want = run_copy(copy_of(edits), 'train_cls', argv)[0]
+    stop = '            interrupt.requested |= step == 3 and not resumed\n'
+    line = '            done = step\n'
+    folder = copy_of([*edits, ('train_cls.py', line, line + stop)])
+    with open(os.path.join(folder, 'twice.py'), 'w', encoding='utf-8') as f:
+        f.write('import train_cls\ndef main(argv):\n    assert train_cls.main(argv) == 130\n')
+        f.write("    train_cls.main(['--resume', *argv[-2:]])\n")
+    got, _, text = run_copy(folder, 'twice', argv)
+    assert got == want, (got, want)
+    assert 'the script sets the rate' in text
