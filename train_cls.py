@@ -44,9 +44,8 @@ def parse(argv):
     add('--init', text, cli.absolute, metavar='RUN')
     group = p.add_argument_group('what to train')
     one_of = group.add_mutually_exclusive_group().add_argument
-    one_of(
-        '--lora', action='store_true', help='low-rank updates of --targets, and the head (default)'
-    )
+    text = 'low-rank updates of --targets, and the head (default)'
+    one_of('--lora', action='store_true', help=text)
     one_of('--head', action='store_true', help='only the linear head')
     text = 'the last K blocks, the last LayerNorm and the head'
     one_of('--last', type=cli.positive, metavar='K', help=text)
@@ -59,9 +58,8 @@ def parse(argv):
     text = 'hidden units of an adapter'
     add('--bottleneck', type=cli.positive, default=64, metavar='N', help=text)
     text = 'state the head reads: the last token, the first (it has seen itself alone), the mean '
-    text += (
-        'of all, or pad all to --max_length and read the last pad (slow, worse: docs/editing.md)'
-    )
+    text += 'of all, or pad all to --max_length and read the last pad '
+    text += '(slow, worse: docs/editing.md)'
     add('--pool', choices=flags.POOLS, default='last', help=text)
     flags.lora_flags(p)
     add = flags.optim_flags(p)

@@ -69,10 +69,10 @@ def export(path, folder, data_dir=None, base=None):
 
 @torch.no_grad()
 def unmerged(model):
-    """Name of the first LoRA layer that computes something else than its base with delta() added
-    to the weight, because lora.py was edited; None if all are what merging makes of them."""
+    """Name of the first LoRA layer whose edit computes something else than its base with delta()
+    added to the weight; None if all are what merging makes of them."""
     for name, m in model.named_modules():
-        if isinstance(m, lora.LoRA):
+        if isinstance(m, lora.LoRA) and shipped.edited(m):
             x = torch.randn(max(1, model.classes), 100, m.A.shape[-1])
             y = m.base(x)
             for i, update in enumerate(m(x) - y):

@@ -93,7 +93,8 @@ class Plan:
             for i, group in enumerate(opt.param_groups):
                 if 'initial_lr' in group or group['lr'] != given.get(i, group['lr']):
                     if not own and ranks.rank() == 0:
-                        print('note: the script sets the rate: --warmup, --schedule do nothing')
+                        text = 'note: the script sets the rate, --warmup and --schedule do nothing'
+                        print(text, file=sys.stderr)
                     own.add(i)
                 if i not in own:
                     given[i] = group['lr'] = ratios.setdefault(i, group['lr'] / self.lr) * rate

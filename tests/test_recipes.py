@@ -176,4 +176,4 @@ def test_a_schedule_of_torch_goes_on():
         f.write("    train_cls.main(['--resume', *argv[-2:]])\n")
     got, _, text = run_copy(folder, 'twice', argv)
     assert got == want, (got, want)
-    assert 'the script sets the rate' in text
+    assert 'the script sets the rate, --warmup and --schedule do nothing' in text
