@@ -53,8 +53,7 @@ def explain(run, text, best=None):
 def check_sums(run, text, scores):
     """Raise UserError if what decides about a text is not, up to a constant, `scores` (K,)."""
     logits = run.logits([text])
-    decides = run.calibrated(logits) if run.rule == 'calibrated' else logits
-    if np.ptp(decides[0] - scores) > 1e-3 * np.abs(logits).max() + 0.01:
+    if np.ptp(run.ruled(logits)[0] - scores) > 1e-3 * np.abs(logits).max() + 0.01:
         advice = 'logprob, logprobs_of or calibrated was edited, token_logprobs was not'
         raise UserError(f'the log-probabilities of the words do not sum to what decides: {advice}')
 

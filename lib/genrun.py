@@ -166,9 +166,6 @@ def build(run, kind):
     read = model.state_dict()
     if kind == 'posterior':
         folders = [os.path.join(args.out, run.folders[label]) for label in labels]
-        if own := [f for f in folders if os.path.isfile(os.path.join(f, peft.EXTRA))]:
-            problem = f'{own[0]} has weights of its class alone beside LoRA ({peft.EXTRA})'
-            raise UserError(f'{problem}, so --posterior_steps cannot hold all classes in one model')
         peft.load_peft(folders, model, classes=len(labels))
         if args.prefix:
             model.requires_grad_(True)

@@ -99,14 +99,9 @@ def load_peft(folder, model, classes=0):
     classes: K; `folder` is then a list of K folders with adapters of the same shape.  Raises
     UserError for what does not fit or is not supported."""
     folders = folder if classes else [folder]
-    configs = [peft_config(one) for one in folders]
-    first = configs[0]
-    for one, config in zip(folders, configs):
-        differ = [key for key in config if key != 'dropout' and config[key] != first.get(key)]
-        if differ:
-            values = f'{config[differ[0]]}, but {first.get(differ[0])} in {folders[0]}'
-            problem = f'{differ[0]} is {values}; the adapters of one classifier must agree'
-            raise UserError(f'{one}: {problem}')
+    if why := classes and apart(folders):
+        raise UserError(why)
+    first = peft_config(folders[0])
 
     known = {n for n, _ in model.named_parameters() if classes or NAMES.fullmatch(n)}
 
@@ -130,6 +125,20 @@ def load_peft(folder, model, classes=0):
     known.update(peft_names(model).values())
     needed = {n for n, _ in model.named_parameters() if not {n, lora.plain_name(n)} & known}
     load_extras(folders[0], model, needed)
+
+
+def apart(folders):
+    """Why no model can hold the adapters of these folders together, in words; None if one can."""
+    first = peft_config(folders[0])
+    for one, config in zip(folders, map(peft_config, folders)):
+        differ = [key for key in config if key != 'dropout' and config[key] != first.get(key)]
+        if differ:
+            values = f'{config[differ[0]]}, but {first.get(differ[0])} in {folders[0]}'
+            return f'{one}: {differ[0]} is {values}; the adapters of one classifier must agree'
+        if os.path.isfile(os.path.join(one, EXTRA)):
+            what = f'has weights of its class alone beside LoRA ({EXTRA})'
+            return f'{one} {what}, so one model cannot hold all classes'
+    return None
 
 
 def load_extras(folder, model, needed):

@@ -4,7 +4,6 @@ scripts, lib/export.py and lib/repeat.py.
 Shapes in the comments: N texts, K classes, V vocabulary."""
 
 import math
-import os
 from collections import namedtuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from lib.device import autocast, pick_device, place
 from lib.files import UserError
 from lib.matrices import packing
 from lib.metrics import softmax
-from lib.peft import EXTRA, load_peft, peft_config
+from lib.peft import apart, load_peft
 from lib.report import counted
 from lib.runfolder import info_of, load_cls, precision
 from lib.tokens import cut_note, listed, tokenize, tokenizer, tokenizer_name
@@ -71,7 +70,7 @@ def open_gen(path, info, how):
     base = base_of(path, info, how.data_dir, how.base) if method != 'full' else None
     if method == 'full':
         passes = [(GPT.from_pretrained(folder), ()) for folder in folders]
-    elif method == 'lora' and not alike(folders):  # by an edit: no model can hold all of them
+    elif method == 'lora' and apart(folders):  # by an edit
         passes = [(GPT.from_pretrained(base, new_head=True), ()) for _ in folders]
         for folder, (model, _) in zip(folders, passes):
             load_peft(folder, model)
@@ -86,12 +85,6 @@ def open_gen(path, info, how):
         load_peft(folders, model, classes=len(labels))
         passes = [(model, ())]
     return GenRun(path, info, passes, answers, how)
-
-
-def alike(folders):
-    """Are the adapters of these folders of the same shape, with nothing beside LoRA?"""
-    kinds = {repr({**peft_config(folder), 'dropout': 0}) for folder in folders}
-    return len(kinds) == 1 and not any(os.path.isfile(os.path.join(f, EXTRA)) for f in folders)
 
 
 def encoding(model, info, data_dir):
@@ -229,7 +222,11 @@ class GenRun(Run):
         return self.logprobs_of(tokens, progress) + self.log_prior
 
     def probs(self, logits):
-        return softmax(self.calibrated(logits) if self.rule == 'calibrated' else logits)
+        return softmax(self.ruled(logits))
+
+    def ruled(self, logits):
+        """Logits (N, K) by the rule of the run: the largest decides."""
+        return self.calibrated(logits) if self.rule == 'calibrated' else logits
 
     def calibrated(self, logits):
         """Logits (N, K) -> log P(text | class) / tau + log P(class) + b_class, the logits of
