@@ -38,7 +38,7 @@ from lib.tokens import tokenize, tokenizer, tokenizer_name
 def parse(argv):
     """-> flags, names of the flags that were typed, resume.pt of the run to resume or None"""
     p = cli.Parser(prog='train_cls.py', description=__doc__)
-    flags.data_flags(p)
+    flags.data_flags(p, data.READERS)
     add = flags.model_flags(p)
     text = 'go on from a finished run, its head included, on new --data'
     add('--init', text, cli.absolute, metavar='RUN')

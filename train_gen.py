@@ -43,7 +43,7 @@ from lib.tokens import tokenize, tokenizer, tokenizer_name
 
 def parser():
     p = cli.Parser(prog='train_gen.py', description=__doc__)
-    flags.data_flags(p)
+    flags.data_flags(p, data.READERS)
     flags.model_flags(p)
     group = p.add_argument_group('what to train')
     one_of = group.add_mutually_exclusive_group().add_argument

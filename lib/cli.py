@@ -14,9 +14,6 @@ import sys
 from lib import start
 from lib.files import UserError
 
-DATA_SETS = ('sst2', 'agnews', 'imdb', 'sms', 'demo')
-
-
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # where the scripts are
 
 
@@ -129,8 +126,7 @@ NUMBERS.update(dict.fromkeys((above_zero, not_negative, share), 'X'))
 def absolute(path):
     """A type for Parser: the absolute path of a file or folder of the user's, which is stored in
     the run and must be found from any folder; anything else stays as it is."""
-    user = path not in DATA_SETS and os.path.exists(path)
-    return os.path.abspath(path) if user else path
+    return os.path.abspath(path) if os.path.exists(path) else path
 
 
 def folder(path):

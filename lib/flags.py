@@ -6,7 +6,7 @@ import os
 import textwrap
 
 from lib import cli
-from lib.cli import DATA_SETS, above_zero, absolute, group, not_negative, positive, seed, share
+from lib.cli import above_zero, absolute, group, not_negative, positive, seed, share
 from lib.download import SHORT
 from lib.files import Unavailable, UserError
 from lib.textfiles import is_separator
@@ -68,10 +68,11 @@ def table_flags(add, of='your own data', labels=True):
     add('--encoding', f'of {of}, for example cp1252 (default: UTF-8)', metavar='NAME')
 
 
-def data_flags(p):
+def data_flags(p, readers):
+    """readers: names of data sets, which no file or folder hides (data.READERS)."""
     add = group(p, 'data')
-    text = f'{", ".join(DATA_SETS)}, a .csv, .tsv or .jsonl file (also .gz), or a folder of train.*'
-    add('--data', text, absolute, 'sst2', 'NAME')
+    text = f'{", ".join(readers)}, a .csv, .tsv or .jsonl file (also .gz), or a folder of train.*'
+    add('--data', text, lambda name: name if name in readers else absolute(name), 'sst2', 'NAME')
     add('--val', 'validation rows (default: held out from --data)', absolute, metavar='FILE')
     add('--test', 'test rows (default: those of --data, or held out)', absolute, metavar='FILE')
     table_flags(add)

@@ -80,7 +80,8 @@ class Int8:
         inverse = steps.reciprocal()
         shift = (first + last) // 2 if self.low is None else first - self.low * inverse
         q = rows * inverse  # two passes: addcmul takes longer with a factor per row
-        return q.add_(shift).round_().to(torch.uint8), steps
+        q = q.add_(shift - 128).round_().to(torch.int8)  # to uint8 it takes four times as long
+        return q.view(torch.uint8).add_(128), steps  # modulo 256
 
 
 class AfterGELU(Int8):

@@ -161,7 +161,13 @@ def test_a_reader_of_other_types():
     try:
         ds = data.load('mine')
         assert ds.labels == ['1', '0'] and isinstance(ds.train.texts[0], str)
-        train('--data', 'mine', *TINY[2:], *SHORT)
+        run, start = ['--data', 'mine', *TINY[2:], *SHORT], os.getcwd()
+        os.chdir(tmp())
+        try:
+            os.mkdir('mine')  # hides no reader
+            train(*run)
+        finally:
+            os.chdir(start)
     finally:
         del data.READERS['mine']
 
