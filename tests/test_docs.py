@@ -84,6 +84,13 @@ def test_rows_of_the_experiments():
     assert experiments.naive_bayes(words, experiments.Rows(['bad'], [1]), 2, enc) == 0
 
 
+def test_no_accuracy_is_counted_twice():
+    rows = tables.results('experiments')['rows']
+    keys = [tuple(v for k, v in r.items() if k not in ('accuracy', 'commit')) for r in rows]
+    twice = {key for key in keys if keys.count(key) > 1}
+    assert not twice, sorted(map(str, twice))
+
+
 def test_experiments_fill_their_file():
     """Which accuracies the experiments note, and that a second call computes none of them."""
     path, fitted = os.path.join(tmp(), 'rows.json'), []
