@@ -48,6 +48,12 @@ READERS = dict(sst2=published.sst2, agnews=published.agnews, imdb=published.imdb
 READERS.update(sms=published.sms, demo=published.demo_rows)
 
 
+def named(name):
+    """A type for the parser: a name of READERS, which no file or folder hides, or an absolute
+    path."""
+    return name if name in READERS else cli.absolute(name)
+
+
 def read(name, data_dir, val, test, form, notes):
     """-> {split: rows}, labels in order or None, form with the columns that were read.  val, test:
     files that replace these splits"""

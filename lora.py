@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from lib.checkpoints import NAMES
 from lib.files import UserError
+from lib.flags import ALL_METHODS
 from lib.report import counted
 from model import Conv1D
 
@@ -104,6 +105,7 @@ def add_lora(
     for target, names in hits.items():
         if not names and not (allow_missing and any(hits.values())):
             known = ', '.join(sorted({n.split('.', 2)[2] for n in available}))
+            known = known or 'no Conv1D of model.py and no nn.Linear'
             raise UserError(f'--targets: {target!r} matches no layer of this model; it has {known}')
     chosen = {n for names in hits.values() for n in names}
     wrapped = [n for n in available if n in chosen]  # in the model's order
@@ -143,6 +145,8 @@ def add_prompt(model, n, classes=0):
 def adapt(model, method, last=0, bottleneck=64, prompt=0, classes=0, **options):
     """Freeze what is frozen and add what is added for a method of the training scripts; what opens
     a run calls it as well. options: arguments of add_lora. -> names of the wrapped layers"""
+    if method not in ALL_METHODS:
+        raise UserError(f'{method!r} is none of {", ".join(dict.fromkeys(ALL_METHODS))}')
     wrapped = []
     everything = method in ('full', 'pretrain', 'prefix')
     for name, p in model.named_parameters():  # what has a name that GPT-2 lacks always trains

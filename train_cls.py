@@ -38,7 +38,7 @@ from lib.tokens import tokenize, tokenizer, tokenizer_name
 def parse(argv):
     """-> flags, names of the flags that were typed, resume.pt of the run to resume or None"""
     p = cli.Parser(prog='train_cls.py', description=__doc__)
-    flags.data_flags(p, data.READERS)
+    flags.data_flags(p, data.READERS, data.named)
     add = flags.model_flags(p)
     text = 'go on from a finished run, its head included, on new --data'
     add('--init', text, cli.absolute, metavar='RUN')
@@ -218,7 +218,7 @@ def main(argv=None):
 
     if ranks.any_rank(interrupt.requested):
         save_resume(args.out, args, done, best, *state, due=interrupt.evaluating)
-        return interrupted('train_cls.py', args.out, done, plan.max_steps)
+        return interrupted(__file__, args.out, done, plan.max_steps)
     best = best or evaluate(done, best)  # none yet: an edit left the loop early
     model = net = params = opt = state = graphs = feed = original = resumed = None
     batch = part_loss = None

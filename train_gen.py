@@ -43,7 +43,7 @@ from lib.tokens import tokenize, tokenizer, tokenizer_name
 
 def parser():
     p = cli.Parser(prog='train_gen.py', description=__doc__)
-    flags.data_flags(p, data.READERS)
+    flags.data_flags(p, data.READERS, data.named)
     flags.model_flags(p)
     group = p.add_argument_group('what to train')
     one_of = group.add_mutually_exclusive_group().add_argument
@@ -297,7 +297,7 @@ def train_phase(run, kind, label, number, saved):
 
     if ranks.any_rank(interrupt.requested):
         save_resume(phase.work, args, done, best, *state, due=interrupt.evaluating)
-        return interrupted('train_gen.py', args.out, done, plan.max_steps)
+        return interrupted(__file__, args.out, done, plan.max_steps)
     genrun.finish_phase(run, phase, best or evaluate(done, best))  # None: an edit left early
 
 
@@ -310,6 +310,7 @@ def finish(run):
     val = tokenize(run.enc, ds.val.texts, cache=False)
     logits, y = opened.logits_of(val, progress=True), ds.val.y  # (N, K), (N,)
     info.update(calibrate(opened, logits, y))
+    opened.decide_by(info)
     m, probs, pred = run_metrics(opened, logits, y, labels)
     if not args.direct:
         nats = opened.nats_per_token(val, logits)

@@ -120,19 +120,18 @@ def auc(scores, positive):
 
 
 def calibrate(run, logits, y):
-    """Set rule, tau and biases of an opened run by the logits (N, K) of its validation rows, of
-    classes y (N,). -> the same for run.json
+    """Fit tau and biases of an opened run to the logits (N, K) of its validation rows, of classes
+    y (N,). -> what run.json says of them, for run.decide_by()
 
     tau and b of fit_calibration, unless they cost accuracy on these rows; then the temperature of
     Bayes' rule as a whole, (log P(text | c) + log P(c)) / tau, which changes no decision."""
     prior, fitted = run.log_prior, 'tau and a bias per class'
-    run.rule = 'calibrated'
     run.tau, run.bias = fit_calibration(logits - prior, prior, y)
     if (run.calibrated(logits).argmax(1) == y).sum() < (logits.argmax(1) == y).sum():
         run.tau, _ = fit_calibration(logits, np.zeros_like(prior), y, biased=False)
         run.bias, fitted = prior / run.tau - prior, 'tau alone: biases would cost accuracy'
     bias = dict(zip(run.labels, run.bias.tolist()))
-    return dict(rule=run.rule, calibration=dict(tau=run.tau, bias=bias, fitted=fitted))
+    return dict(rule='calibrated', calibration=dict(tau=run.tau, bias=bias, fitted=fitted))
 
 
 def fit_calibration(logprobs, log_prior, y, biased=True):

@@ -46,8 +46,11 @@ def run(main):
 
 
 def command(name, *words):
-    """-> a line that can be pasted into a shell, in this folder: a script of ours and its words."""
-    script = name if os.path.realpath(os.getcwd()) == os.path.realpath(TOP) else f'{TOP}/{name}'
+    """-> a line that can be pasted into a shell, in this folder: a script of ours, or the path of
+    one, and its words."""
+    folder, script = os.path.split(os.path.join(TOP, name))
+    if os.path.realpath(os.getcwd()) != os.path.realpath(folder):
+        script = f'{folder}/{script}'
     return f'python {shlex.join([script, *words])}'
 
 

@@ -68,11 +68,11 @@ def table_flags(add, of='your own data', labels=True):
     add('--encoding', f'of {of}, for example cp1252 (default: UTF-8)', metavar='NAME')
 
 
-def data_flags(p, readers):
-    """readers: names of data sets, which no file or folder hides (data.READERS)."""
+def data_flags(p, readers, named):
+    """readers: names of data sets.  named: the type of --data (data.named)."""
     add = group(p, 'data')
     text = f'{", ".join(readers)}, a .csv, .tsv or .jsonl file (also .gz), or a folder of train.*'
-    add('--data', text, lambda name: name if name in readers else absolute(name), 'sst2', 'NAME')
+    add('--data', text, named, 'sst2', 'NAME')
     add('--val', 'validation rows (default: held out from --data)', absolute, metavar='FILE')
     add('--test', 'test rows (default: those of --data, or held out)', absolute, metavar='FILE')
     table_flags(add)

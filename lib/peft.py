@@ -41,6 +41,8 @@ def save_peft(folder, model, base_name, index=None):
     config = dict(task_type='SEQ_CLS' if model.num_labels else 'CAUSAL_LM')
     config.update(base_model_name_or_path=base_name, inference_mode=True)
     if model.prompt is None:
+        if not layers:
+            raise UserError('the model has no LoRA of lora.py: edit that file, not a copy of it')
         m = next(iter(layers.values()))
         targets = sorted({n.split('.', 2)[2] for n in layers})  # c_proj alone would mean two layers
         if len(layers) < len(targets) * cfg.n_layer:  # not in every block: full names

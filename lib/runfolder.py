@@ -8,7 +8,9 @@ import shlex
 import sys
 
 import lora
+import model as gpt2
 from lib import base, checkpoints, files, ranks, rundata, shipped
+from lib.blocks import has_hooks
 from lib.checkpoints import NAMES
 from lib.files import UserError
 from lib.flags import METHODS, POOLS
@@ -85,9 +87,27 @@ def notes(model, method, pool='last'):
         lines += [
             f'  {", ".join(edited)} as edited: transformers and PEFT compute GPT-2 without it'
         ]
+    if only := only_here(model):
+        missed = 'the final test, predict.py and eval.py compute model.py and lora.py without it'
+        lines += [f'  {", ".join(only)}: in this script alone; {missed}']
     if pool != 'last':
         lines += [f'  --pool {pool}: transformers and PEFT pool the last token: other logits there']
     return lines
+
+
+def only_here(model):
+    """Names of the classes, replaced methods and hooks of a model that an opened one will not have,
+    because they are neither in model.py nor in lora.py."""
+    found = {}
+    for name, m in model.named_modules():
+        kind, name = type(m), re.sub(r'\bh\.\d+', 'h.*', name) or 'model'
+        ours = any(getattr(module, kind.__name__, None) is kind for module in (gpt2, lora))
+        if not ours and not shipped.of_torch(kind):
+            found[f'{kind.__module__}.{kind.__name__}'] = True
+        replaced = [n for n in vars(m) if callable(getattr(kind, n, None))]
+        found.update(dict.fromkeys(f'{name}.{n}' for n in replaced))
+        found.update({f'a hook of {name}': True} if has_hooks(m) else {})
+    return list(found)
 
 
 def load_cls(path, info, data_dir=None, moved=None):

@@ -170,7 +170,7 @@ class GenRun(Run):
     """A generative classifier: logits = log P(text | class) + log P(class), in nats.
 
     .rule: what label, probabilities and explanations follow: 'calibrated' (.tau, .bias), or
-    'bayes', the softmax of the logits, as in runs of earlier versions.
+    'bayes', the softmax of the logits.
 
     .passes: pairs (model, context) that read the texts one after another and whose columns together
     are the classes: one model with a class axis (lora, prefix), a model per class (full), one model
@@ -187,14 +187,18 @@ class GenRun(Run):
                 prepare(model, how)
         self.passes, self.answers = passes, answers
         self.log_prior = np.log([info['prior'][label] for label in self.labels], dtype=np.float32)
-        c = info.get('calibration') or dict(tau=1.0, bias=dict.fromkeys(self.labels, 0.0))
-        self.tau, self.rule = c['tau'], info.get('rule', 'bayes')
-        self.bias = np.array([c['bias'][label] for label in self.labels], np.float32)
+        self.decide_by(info)
         if answers:  # contextual calibration (Zhao et al. 2021, arXiv 2102.09690)
             self.neutral = np.zeros(len(self.labels), np.float32)
             neutral = self.logprobs_of(tokenize(self.enc, NEUTRAL, cache=False))
             p = np.exp(neutral - np.logaddexp.reduce(neutral, axis=1, keepdims=True))  # (texts, K)
             self.neutral = np.log(p.mean(0))
+
+    def decide_by(self, info):
+        """Take rule, tau and biases from the contents of run.json; without them, Bayes' rule."""
+        c = info.get('calibration') or dict(tau=1.0, bias=dict.fromkeys(self.labels, 0.0))
+        self.tau, self.rule = c['tau'], info.get('rule', 'bayes')
+        self.bias = np.array([c['bias'][label] for label in self.labels], np.float32)
 
     def logprobs_of(self, tokens, progress=False):
         """Tokens -> log P(text | class) (N, K) float32 numpy, nats; with .answers,

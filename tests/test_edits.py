@@ -641,3 +641,38 @@ def test_what_trains_in_bfloat16_is_saved():
     read, saved = (load_safetensors(f'{folder}/model.safetensors') for folder in (argv()[3], out))
     name = 'transformer.wpe.weight'
     assert far(saved[name], read[name]) > 1e-3 and saved[name].dtype == torch.float32
+
+
+def test_what_the_script_alone_changed_is_named():
+    """An opened run would not have it. What model.py and lora.py make has no line."""
+
+    class Mine(GPT):
+        pass
+
+    def changed(args, labels):
+        model = lib.base.build_model(args, labels)
+        model.__class__ = Mine
+        model.classify = model.classify
+        model.h[1].register_forward_hook(lambda m, x, y: y)
+        return model
+
+    with patched(train_cls, 'build_model', changed):
+        text = train(*argv('--head', '--max_steps', '1'))[1]
+    names = f'{__name__}.Mine, model.classify, a hook of h.*: in this script alone'
+    assert names in text, text
+    for flags in FLAGS.values():
+        assert 'in this script alone' not in train(*argv(*flags, '--max_steps', '1'))[1]
+
+
+def test_a_copy_of_lora_is_refused():
+    class Copy(nn.Module):
+        def __init__(self, base, r, scale, p, classes=0):
+            super().__init__()
+            self.base, self.A = base, nn.Parameter(torch.zeros(r, base.weight.shape[0]))
+
+        def forward(self, x):
+            return self.base(x)
+
+    with patched(lora, 'LoRA', Copy):
+        raises(UserError, train, *argv('--lora', '--max_steps', '1'), match='not a copy')
+    raises(UserError, lora.adapt, GPT(SHAPES['nano']), 'Lora', match="'Lora' is none of lora, head")

@@ -97,9 +97,20 @@ def test_an_explanation_of_another_rule_is_refused():
 
 def test_a_run_without_calibration():
     with patched(train_gen, 'calibrate', lambda run, *a: dict(rule='bayes')):
-        with patched(GenRun, 'rule', property(lambda self: 'bayes', lambda self, value: None)):
-            out, _ = generate(*over_base('--lora', *SHORT))
+        out, _ = generate(*over_base('--lora', *SHORT))
     assert set(read_json(os.path.join(out, 'run.json'))['results']) == {'val_accuracy', 'val_loss'}
+
+
+def test_another_calibration_decides_everywhere():
+    """In the final test as in the run that is opened."""
+    bias = dict(animals=3.0, numbers=-3.0)
+    own = dict(rule='calibrated', calibration=dict(tau=25.0, bias=bias))
+    with patched(train_gen, 'calibrate', lambda run, *a: own):
+        out, _ = generate(*over_base('--lora', *SHORT))
+    tested = read_json(os.path.join(out, 'eval_results.json'))
+    script(evaluation.main, [out, '--dtype', 'fp32'])
+    again = read_json(os.path.join(out, 'eval_results.json'))
+    assert abs(tested['nll'] - again['nll']) < 1e-6, (tested['nll'], again['nll'])
 
 
 def test_a_loop_that_is_left_early_saves_its_weights():
