@@ -19,9 +19,9 @@ import numpy as np
 
 from lib import cli, demo, flags, oddities, published, tables
 from lib.files import UserError
-from lib.report import counted
+from lib.report import counted, listing
 from lib.tables import GUESSED, Format
-from lib.tokens import even_pieces, tokenize, tokenizer
+from lib.tokens import tokenize, tokenizer
 
 WINDOW = 100  # batches sorted by length together: 2.4 % padding on SST-2 at 16 (50: 4.4, 25: 8.1)
 
@@ -52,6 +52,12 @@ def named(name):
     """A type for the parser: a name of READERS, which no file or folder hides, or an absolute
     path."""
     return name if name in READERS else cli.absolute(name)
+
+
+def options(flags):
+    """Flags, as vars(args) or in a run.json -> the arguments of load and load_texts."""
+    same = {name: flags[name] for name in ('data_dir', 'val', 'test', 'max_samples', 'balance')}
+    return dict(same, seed=flags['split_seed'], form=Format.of(flags))
 
 
 def read(name, data_dir, val, test, form, notes):
@@ -141,6 +147,8 @@ def load(
         left = 'give other rows' if both > len(rows[held]) // 2 else 'left as they are'
         if both:
             notes.append(f'{counted(both, f"{held} text")} also in train ({left})')
+        if without := [label for label in labels if label not in {x for _, x in rows[held]}]:
+            notes.append(f'no {held} row of {listing(without)}: nothing is known of it there')
     ids = {label: i for i, label in enumerate(labels)}
 
     def split(part):
@@ -214,11 +222,32 @@ def carve(split, rows, n, labels, rng, notes):
         why = f'{len(rows)} rows in {len(labels)} classes are too few to hold {split} rows out'
         why += f' ({"; ".join(notes)})' if notes else ''
         raise UserError(f'{why}; add rows, or give --{split} FILE')
-    also = f'; {len(taken) - len(kept):,} of them dropped, as their text also stands in train'
-    notes.append(
-        f'{split}: {counted(len(taken), "row")} held out' + also * (len(kept) < len(taken))
-    )
+    note = f'{split}: {counted(len(taken), "row")} held out'
+    if dropped := len(taken) - len(kept):
+        note += f'; {dropped:,} of them dropped, as their text is also in train'
+    notes.append(note)
     return kept, rest
+
+
+def piece_starts(lengths, limit):
+    """Rows of ascending lengths (n,), cut into pieces of at most `limit` tokens, padding included;
+    a longer row is a piece of its own. -> first row of each piece"""
+    starts = [0]
+    for i, n in enumerate(lengths.tolist()):
+        if i > starts[-1] and (i + 1 - starts[-1]) * n > limit:
+            starts.append(i)
+    return starts
+
+
+def even_pieces(lengths, limit):
+    """piece_starts with the lowest limit that gives no more pieces: else the last piece could be a
+    single row, and count as a whole step."""
+    count, low, high = len(piece_starts(lengths, limit)), 0, limit
+    while high - low > max(1, limit // 100):
+        middle = (low + high) // 2
+        fits = len(piece_starts(lengths, middle)) <= count
+        low, high = (low, middle) if fits else (middle, high)
+    return piece_starts(lengths, high)
 
 
 def batches(lengths, batch_size, seed, epoch, tokens=None):
@@ -281,8 +310,7 @@ def main(argv=None):
     add('--data_dir', 'search here before the cache (default: $NANOCLS_DATA)', metavar='DIR')
     add('--split_seed', 'random seed of the split', int, 1337)
     a, _ = p.parse(argv)
-    own = a.val, a.test, Format.of(vars(a)), a.max_samples, a.balance
-    d = load(a.data, a.split_seed, a.data_dir, *own)
+    d = load(a.data, **options(vars(a)))
     enc = tokenizer('bytes' if a.data == 'demo' else 'gpt2', a.data_dir)
     print(f'{d.name}: {len(d.labels)} classes, tokens of {enc.name}')
     for note in d.notes:

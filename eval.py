@@ -49,24 +49,14 @@ def parse(argv):
     flags.table_flags(add, '--data or --test')
     text = 'compare runs although one was trained on texts that are scored'
     add('--allow_seen', text, bool)
-    add('--data_dir', "search here before the cache (default: the run's)", metavar='DIR')
-    text = 'read long texts whole, in overlapping windows (default: --max_length tokens of them)'
-    add('--windows', text, bool)
     add = cli.group(p, 'several seeds')
     add('--mean', 'runs that differ in --seed alone are one method: means, methods compared', bool)
-    add = cli.group(p, 'generative runs')
-    text = "what decides: calibrated probabilities, or Bayes' rule without (default: the run's own)"
-    add('--rule', text, ('calibrated', 'bayes'))
     add = cli.group(p, 'output')
     add('--plot', 'write curves and matrices there as PNG (needs matplotlib)', metavar='DIR')
     text = 'write a page of one run there: metrics, curves, its worst errors explained'
     add('--html', text, metavar='FILE')
     add('--json', 'write all numbers there; - = stdout, tables to stderr', metavar='FILE')
-    add = cli.group(p, 'system')
-    add('--base', 'their base model, if it was moved (default: as found)', cli.folder, None, 'DIR')
-    add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
-    add('--dtype', 'matmul precision; auto: fp32 if tested in it, or native', flags.DTYPES, 'auto')
-    add('--plain', 'run the plain model, without lib/fast.py', bool)
+    flags.opening_flags(p)
     args, given = p.parse(argv)
     check(args, given)
     return args, given

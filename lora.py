@@ -71,15 +71,13 @@ class Adapter(nn.Module):
 # --- adding them to a model ---
 
 
-def layers(model, top=None, blocks=None):
-    """{name: layer} of every Conv1D and nn.Linear in the blocks; top: in the last so many; blocks:
-    in those of these numbers."""
-    first = len(model.h) - top if top else 0
-    chosen = [i for i in range(first, len(model.h)) if blocks is None or i in blocks]
+def layers(model, blocks=None):
+    """{name: layer} of every Conv1D and nn.Linear in the blocks of these numbers (default: all)."""
     return {
         f'h.{i}.{name}': layer
-        for i in chosen
-        for name, layer in model.h[i].named_modules()
+        for i, block in enumerate(model.h)
+        if blocks is None or i in blocks
+        for name, layer in block.named_modules()
         if isinstance(layer, (Conv1D, nn.Linear))
     }
 
@@ -90,16 +88,17 @@ def add_lora(
 ):  # fmt: skip
     """Wrap every layer whose name is, or ends with, one of `targets`, as PEFT matches names.
 
-    The scale is alpha / r.  classes: K updates per layer, 0 = one.  top: in the last so many blocks
-    alone.  blocks: in the blocks of these numbers alone.  -> names wrapped.  Raises UserError for a
+    The scale is alpha / r.  classes: K updates per layer, 0 = one.  top: only in the last so many
+    blocks.  blocks: only in the blocks of these numbers.  -> names wrapped.  Raises UserError for a
     target that matches no layer; allow_missing: only if none matches."""
     if (top or 0) > model.cfg.n_layer:
         raise UserError(f'--top {top}: this model has {counted(model.cfg.n_layer, "block")}')
     if not targets:
         raise UserError('--targets: name at least one layer')
-    available = layers(model, top, blocks)
+    blocks = range(model.cfg.n_layer - top, model.cfg.n_layer) if top else blocks
+    available = layers(model, blocks)
     hits = {
-        t: [n for n in available if n == t.replace('transformer.', '', 1) or n.endswith('.' + t)]
+        t: [n for n in available if n == t.removeprefix('transformer.') or n.endswith('.' + t)]
         for t in targets
     }
     for target, names in hits.items():
@@ -173,9 +172,9 @@ def trainables(model):
 
 
 def count(model):
-    """-> (number of parameters that train, number of all)"""
-    sets = trainables(model).values(), model.parameters()
-    return tuple(sum(p.numel() for p in params) for params in sets)
+    """Number of parameters that train, and of all."""
+    sets = dict(trainable=trainables(model).values(), total=model.parameters())
+    return {name: sum(p.numel() for p in params) for name, params in sets.items()}
 
 
 def describe(model, wrapped):
@@ -186,7 +185,7 @@ def describe(model, wrapped):
         own = [p for n, p in m.named_parameters() if not WRAPPER.search(f'.{n}')]
         what = f'{type(m).__name__} {" x ".join(str(tuple(p.shape)) for p in own if p.dim() > 1)}'
         rows[f'h.*.{name.split(".", 2)[2]:<12} {what}'] += 1
-    train, total = count(model)
+    train, total = count(model).values()
     share = 100 * train / total
     return [f'  {k} times {line}' for line, k in rows.items()] + [
         f'training {train:,} of {total:,} parameters ({share:.2f} %)'

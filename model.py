@@ -135,13 +135,13 @@ class GPT(nn.Module):
         """Id of <|endoftext|>, the last of the vocabulary. No text holds it, so it also pads."""
         return self.cfg.vocab_size - 1
 
-    def embed(self, ids, of=None, copies=1):
-        """ids (B, T) int64 -> input of the first block (copies B, N + T, C). of (B,): see
+    def embed(self, ids, y=None, copies=1):
+        """ids (B, T) int64 -> input of the first block (copies B, N + T, C). y (B,): see
         token_logprobs. The residual stream is float32 in every precision."""
         x = self.wte(ids).float().repeat(copies, 1, 1)  # (copies B, T, C)
         if self.prompt is not None:
-            if of is not None:
-                prompt = self.prompt[of]
+            if y is not None:
+                prompt = self.prompt[y]
             elif self.classes:  # one copy of the texts for each class
                 prompt = self.prompt.repeat_interleave(len(ids), 0)
             else:
@@ -150,11 +150,11 @@ class GPT(nn.Module):
         assert x.shape[1] <= self.cfg.block_size, 'callers cut texts to the block size'
         return self.drop(x + self.wpe.weight[: x.shape[1]])
 
-    def hidden(self, ids, of=None):
+    def hidden(self, ids, y=None):
         """ids (B, T) int64, padded on the right -> final states (B, T, C), without those of the
         prompt; of a model with K classes (K B, T, C), class by class, each with its slice."""
-        copies = 1 if of is not None else self.classes or 1
-        x = self.embed(ids, of, copies)
+        copies = 1 if y is not None else self.classes or 1
+        x = self.embed(ids, y, copies)
         for block in self.h:
             x = block(x)
         return self.ln_f(x)[:, x.shape[1] - ids.shape[1] :]
@@ -183,13 +183,13 @@ class GPT(nn.Module):
     def forward(self, ids, lengths):
         return self.classify(ids, lengths)
 
-    def token_logprobs(self, ids, lengths, ends, context=(), first=None, of=None):
+    def token_logprobs(self, ids, lengths, ends, context=(), first=None, y=None):
         """log p of every token of every text, in nats.
 
         ids (B, T) int64 padded on the right, lengths (B,) int64 >= 1.  ends (B,) bool: the text
         ends where its ids end, so the <|endoftext|> after it is scored as well.  context: ids
         between the leading <|endoftext|> and the text, not scored.  first (B,): first token to
-        score (default 0).  of (B,): score each text under the prompt of that class alone.
+        score (default 0).  y (B,): score each text under the prompt of class y only.
         -> (B, T + 1) float32, or (K, B, T + 1) with K classes: column t is
         log p(token t | <|endoftext|>, context, tokens before t), column lengths[b] that of the
         final <|endoftext|>; 0 where nothing is scored."""
@@ -201,8 +201,8 @@ class GPT(nn.Module):
         if first is not None:
             scored &= column >= first[:, None]
         start = [ids.new_full((B, 1), token) for token in (self.end, *context)]
-        h = self.hidden(torch.cat((*start, ids), 1), of)[:, len(context) :]  # (B, T + 1, C)
-        if self.classes and of is None:  # (K B, T + 1, C)
+        h = self.hidden(torch.cat((*start, ids), 1), y)[:, len(context) :]  # (B, T + 1, C)
+        if self.classes and y is None:  # (K B, T + 1, C)
             target, scored = (t.repeat(self.classes, 1) for t in (target, scored))
             return self.next_logprobs(h, target, scored).view(self.classes, B, T + 1)
         return self.next_logprobs(h, target, scored)
@@ -225,9 +225,9 @@ class GPT(nn.Module):
             found = [checkpoint.checkpoint(of_piece, *p, use_reentrant=False) for p in pieces]
         return torch.zeros(target.shape, device=h.device).masked_scatter(scored, torch.cat(found))
 
-    def logprob(self, ids, lengths, ends, context=(), first=None, of=None):
+    def logprob(self, ids, lengths, ends, context=(), first=None, y=None):
         """log P(text), the sum of token_logprobs -> (B,) float32 nats, or (B, K) with K classes."""
-        return self.token_logprobs(ids, lengths, ends, context, first, of).sum(-1).t()
+        return self.token_logprobs(ids, lengths, ends, context, first, y).sum(-1).t()
 
     def set_dropout(self, p):
         """Set GPT-2's own dropout (embedding, attention, residual) to probability p."""

@@ -44,8 +44,6 @@ def parse(argv):
     add('--out', text + ' (default: the terminal)', metavar='FILE')
     text = 'a JSON object per text: text, label, probs; of a generative run logprobs (nats)'
     add('--json', text, bool)
-    text = 'read long texts whole, in overlapping windows (default: --max_length tokens of them)'
-    add('--windows', text, bool)
     text = 'no label (null, or -) if the best probability is below P'
     add('--threshold', text, cli.share, metavar='P')
     add('--explain', 'a number per word: its contribution to the decision', bool)
@@ -55,8 +53,6 @@ def parse(argv):
     )
     add('--export', text, metavar='DIR')
     add = cli.group(p, 'generative runs')
-    text = "what decides: calibrated probabilities, or Bayes' rule without (default: the run's own)"
-    add('--rule', text, ('calibrated', 'bayes'))
     text = 'no label if the text is less likely per token than this fraction of validation texts'
     add('--ood_quantile', text, cli.share, metavar='Q')
     add('--sample', 'write new texts of this class', metavar='CLASS')
@@ -64,14 +60,7 @@ def parse(argv):
     add('--temperature', 'of sampling; below 1: more likely texts', cli.above_zero, 1.0)
     add('--top_k', 'sample among the N most likely tokens (default: all)', cli.positive)
     add('--seed', 'sampling seed', cli.seed, 0)
-    add = cli.group(p, 'system')
-    text = 'search here for base model and tokenizer before the cache (default: $NANOCLS_DATA)'
-    add('--data_dir', text, metavar='DIR')
-    text = "the run's base model, if it was moved (default: where the run found it)"
-    add('--base', text, cli.folder, metavar='DIR')
-    add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
-    add('--dtype', 'matmul precision; auto: the fastest native one', flags.DTYPES, 'auto')
-    add('--plain', 'run the plain model, without lib/fast.py', bool)
+    flags.opening_flags(p)
     args, given = p.parse(argv)
     check(args, given)
     return args, given
@@ -96,8 +85,10 @@ def check(args, given):
         advice = 'classify its rows with --file, or pipe the text into predict.py'
         raise UserError(f'{text} is the name of a file, not a text: {advice}')
     kind = os.path.splitext(args.out or '')[1].lower()
-    if kind in ('.gz', '.json') or kind == '.jsonl' and not args.json:
-        raise UserError(f'--out {args.out}: .jsonl goes with --json; no .json or .gz is written')
+    if kind in ('.gz', '.json', '.xlsx', '.xls', '.parquet') or kind == '.jsonl' and not args.json:
+        raise UserError(
+            f'--out {args.out}: write .csv, .tsv, or with --json .jsonl; no .json or .gz'
+        )
     table = args.out and Table.of(args.out)
     if table and (args.json or args.explain and not args.html):
         flag = '--json' if args.json else '--explain'

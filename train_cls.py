@@ -22,7 +22,7 @@ import lora
 from lib import cli, device, fast, files, flags, frozen, ranks, runfolder, runs, summary, training
 from lib.base import build_model
 from lib.files import UserError
-from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
+from lib.graphs import GRAPH_WIDTH, Graphs, check_device
 from lib.init import inherit, start_from
 from lib.interrupt import interrupted, interruptible, memory_advice
 from lib.metrics import metrics, run_metrics, selection, softmax
@@ -71,8 +71,7 @@ def parse(argv):
     if args.resume:
         resumed = load_resume(args.out)
         return flags.resumed(args, given, resumed['args']), set(), resumed
-    methods = ('head', 'last', 'full', 'adapter', 'prompt')
-    args.method = next((m for m in methods if getattr(args, m)), 'lora')
+    args.method = next((m for m in flags.METHODS['cls'] if getattr(args, m)), 'lora')
     if args.init:
         inherit(args, given)
     needs = dict(bottleneck=('--adapter', args.adapter))
@@ -85,8 +84,7 @@ def load(args, given, resumed):
     """-> data set, base model with a fresh head, Tokens of the training and validation texts"""
 
     def get():
-        own = args.val, args.test, data.Format.of(vars(args)), args.max_samples, args.balance
-        ds = data.load(args.data, args.split_seed, args.data_dir, *own)
+        ds = data.load(args.data, **data.options(vars(args)))
         model = build_model(args, len(ds.labels))
         return ds, model, tokenizer(tokenizer_name(model.cfg.vocab_size), args.data_dir)
 
@@ -109,7 +107,7 @@ def main(argv=None):
     args, given, resumed = parse(argv)
     if args.seeds > 1 or args.folds and args.fold is None:
         return several_runs(main, args, given, argv)
-    check_graphs(args)  # before data are read
+    check_device(args)  # before data are read
     ds, model, train, val = load(args, given, resumed)
     dev, dtype, reason = device.pick_device(args.device, args.dtype)  # or the demo's
 
@@ -131,7 +129,7 @@ def main(argv=None):
     opt = training.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
     state = params, opt, scaler  # in resume.pt; add schedulers, or {**params, 'mine': tensor}
-    where = args.max_length, args.keep, dev, dtype
+    reading = args.max_length, args.keep, dev, dtype
     counts, balanced = np.bincount(ds.train.y), args.class_weights == 'balanced'
     weights = len(ds.train.y) / (len(counts) * counts) if balanced else np.ones(len(counts))  # (K,)
     class_weights = torch.tensor(weights).float().to(dev)
@@ -143,7 +141,7 @@ def main(argv=None):
     if not resumed:
         save_resume(args.out, args, 0, None, *state)  # from here on the run can be resumed
     cacheable = plan.max_steps > plan.epoch_steps and ranks.world_size() == 1 and not args.plain
-    feed = frozen.cache(model, dict(train=train, val=val), *where) if cacheable else None
+    feed = frozen.cache(model, dict(train=train, val=val), *reading) if cacheable else None
     net = feed.net if feed else net  # reads the cached output of the frozen blocks
 
     def batch_of(index):
@@ -170,7 +168,7 @@ def main(argv=None):
         """Evaluate on the validation rows; save the weights if they are the best. -> best score"""
         fed = dict(net=feed.net, states=feed.states['val']) if feed else {}
         with interrupt.evaluation():
-            probs = softmax(class_logits(model, val, *where, **fed, progress=True))
+            probs = softmax(class_logits(model, val, *reading, **fed, progress=True))
         write_predictions(args.out, probs, probs.argmax(1), ds.val.y, ds.labels)
         m = metrics(probs, ds.val.y, ds.labels)
         results = dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
@@ -192,7 +190,7 @@ def main(argv=None):
         for step, rows in plan.steps(opt, interrupt, done):  # sets lr, seeds dropout
             if log.stops(done, best):
                 break
-            parts, factor = plan.parts(rows)  # factor: 1, or the number of ranks
+            parts, factor = plan.parts(rows)  # factor: number of ranks; 0: no row is this rank's
             scale, loss = factor / weight_of(rows), 0.0
             for part in parts:
                 batch = batch_of(part)

@@ -26,7 +26,7 @@ import lora
 from lib import cli, device, files, flags, genflags, genrun, ranks, runs, summary, training
 from lib.classes import auc, calibrate
 from lib.files import UserError
-from lib.graphs import GRAPH_WIDTH, Graphs, check_graphs
+from lib.graphs import GRAPH_WIDTH, Graphs, check_device
 from lib.interrupt import interrupted, interruptible, memory_advice
 from lib.metrics import metrics, run_metrics, selection, softmax
 from lib.predictions import write_predictions
@@ -82,7 +82,7 @@ def parse(argv):
     args, given = parser().parse(argv)
     if args.resume:
         return genflags.resume(args, given)
-    methods = ('full', 'prefix', 'zero_shot', 'pretrain')
+    methods = (*flags.METHODS['gen'], 'pretrain')
     args.method = next((m for m in methods if getattr(args, m)), 'lora')
     if args.class_id is not None and args.out:
         if os.path.isfile(os.path.join(args.out, 'run.json')):
@@ -101,26 +101,24 @@ def parse(argv):
 # --- data and phases ---
 
 
-def load(args, given, saved):
+def load(args, given, resumed):
     """-> run, what all phases share: args, ds, labels, enc, model (the base, for the first phase),
     prompts, prior, log_prior, cfg, train. main adds given, dev, dtype; genrun.begin old, folders,
     phases, info."""
 
     def get():
-        own = args.val, args.test, data.Format.of(vars(args)), args.max_samples, args.balance
+        options = data.options(vars(args))
         if args.pretrain:
-            texts, val_texts, notes = data.load_texts(
-                args.data, args.split_seed, args.data_dir, *own
-            )
+            texts, val_texts, notes = data.load_texts(args.data, **options)
             splits = [data.Split(t, np.zeros(len(t), np.int64)) for t in (texts, val_texts, [])]
             ds = data.Dataset(args.data, ['text'], *splits, notes)
         else:
-            ds = data.load(args.data, args.split_seed, args.data_dir, *own)
+            ds = data.load(args.data, **options)
         model = genrun.base_model(args)
         return ds, model, tokenizer(tokenizer_name(model.cfg.vocab_size), args.data_dir)
 
     with ranks.first_of_machine():
-        insist = saved or args.class_id is not None
+        insist = resumed or args.class_id is not None
         ds, model, enc = flags.or_demo(get, args, given, insist)  # the demo if there is no network
     ds = shorten(ds, vars(args))  # --quick, --eval_samples
     k, prompts = len(ds.labels), None
@@ -171,7 +169,7 @@ class Phase:
         names.update(posterior='the posterior of all classes')
         self.name = names.get(kind, label)
         self.log_prior = torch.from_numpy(run.log_prior).to(run.dev)
-        self.model, self.read, facts = genrun.build(run, kind)  # read: the weights as loaded
+        self.model, self.original, facts = genrun.build(run, kind)  # original: weights as loaded
         title = f'\n{self.name} ({number} of {len(run.phases)}): {counted(len(self.rows), "row")}'
         hint = '' if kind == 'posterior' else self.plan.hint(run.given)
         print(f'{title}, {self.plan}{hint}, lr {self.plan.lr:g}', *facts, sep='\n', flush=True)
@@ -181,9 +179,9 @@ class Phase:
     def batch_of(self, index):
         """Rows index (B,) of this phase -> arguments of loss_of."""
         run, rows, args = self.run, self.rows[index], self.run.args
-        where, end = (args.max_length, args.keep), self.model.end
+        reading, end = (args.max_length, args.keep), self.model.end
         multiple = GRAPH_WIDTH if args.cuda_graphs else 1
-        ids, n = data.collate(run.train, rows, *where, end, run.dev, multiple=multiple)
+        ids, n = data.collate(run.train, rows, *reading, end, run.dev, multiple=multiple)
         ends = ends_here(end, run.train, rows, args.max_length)  # edit it there: scores need it too
         rest = (ends, torch.from_numpy(run.ds.train.y[rows]))
         return ids, n, *(data.to_device(t, run.dev) for t in rest)
@@ -193,8 +191,8 @@ class Phase:
         mixed with --likelihood_share of the likelihood (hybrid loss of GeDi, arXiv 2009.06367).
         ids (B, T), n (B,) tokens, ends (B,): scored with <|endoftext|>, y (B,) classes."""
         with device.autocast(self.run.dev, self.run.dtype):
-            of = y if self.kind == 'prefix' else None
-            logprobs = self.net(ids, n, ends, of=of)  # (B,), of the posterior (B, K)
+            alone = y if self.kind == 'prefix' else None
+            logprobs = self.net(ids, n, ends, y=alone)  # (B,), of the posterior (B, K)
         if self.kind != 'posterior':
             return -logprobs.sum()
         own = logprobs.gather(1, y[:, None]).squeeze(1) / (n + ends)  # (B,) nats per token
@@ -208,8 +206,8 @@ class Phase:
 
     def val_logprobs(self):
         """log P of every validation text (n, 1), or (n, K) of a model with classes."""
-        run, where = self.run, (self.run.args.max_length, self.run.args.keep)
-        return text_logprobs(self.model, self.val, *where, run.dev, run.dtype, progress=True)
+        run, reading = self.run, (self.run.args.max_length, self.run.args.keep)
+        return text_logprobs(self.model, self.val, *reading, run.dev, run.dtype, progress=True)
 
     def log(self, done):
         """The log of this phase, after `done` steps."""
@@ -219,9 +217,9 @@ class Phase:
 
     def evaluate(self, step):
         """-> score, larger is better, and numbers for the log. A class alone is judged by how well
-        log P(text | class) - log P(text) of the base model tells its texts from the others: by
-        likelihood alone it would stop too early, since what it forgets of texts in general, all
-        classes forget, and Bayes' rule never sees it."""
+        log P(text | class) - log P(text) of the base model tells its texts from the others.
+        Likelihood alone stops too early: every class forgets texts in general, which cancels in
+        Bayes' rule."""
         if not len(self.val):
             return (step,), {}  # the last weights
         logprobs, y, labels = self.val_logprobs(), self.run.ds.val.y, self.run.labels
@@ -239,8 +237,8 @@ class Phase:
         return (results['val_auc'], -loss), results
 
 
-def train_phase(run, kind, label, number, saved):
-    """Train one model; saved: its state, if it was interrupted. -> exit code if interrupted"""
+def train_phase(run, kind, label, number, resumed):
+    """Train one model; resumed: its state, if it was interrupted. -> exit code if interrupted"""
     args, dev, phase = run.args, run.dev, Phase(run, kind, label, number)
     model, plan, lengths = phase.model, phase.plan, phase.lengths
     params, phase.net = lora.trainables(model), ranks.wrap(model.train())
@@ -248,7 +246,7 @@ def train_phase(run, kind, label, number, saved):
     scaler = torch.amp.GradScaler(dev.type, enabled=run.dtype == torch.float16)
     state = params, opt, scaler  # in resume.pt; add schedulers, or {**params, 'mine': tensor}
     graphs = Graphs(phase.loss_of, params.values(), scaler) if args.cuda_graphs else None
-    done, best = restore(saved, *state) if saved else (0, None)  # steps, score
+    done, best = restore(resumed, *state) if resumed else (0, None)  # steps, score
     log = phase.log(done)
     if not done:
         save_resume(phase.work, args, 0, None, *state)  # from here on it can be resumed
@@ -266,7 +264,7 @@ def train_phase(run, kind, label, number, saved):
 
     # --- loop ---
     with memory_advice(args), interruptible() as interrupt:
-        if saved and saved['due']:
+        if resumed and resumed['due']:
             best = evaluate(done, best)
         for step, rows in plan.steps(opt, interrupt, done):
             if log.stops(done, best):
@@ -334,20 +332,20 @@ def finish(run):
 
 def main(argv=None):
     """-> dict(out, val, test), without a test dict(out); an exit code if interrupted"""
-    args, given, saved = parse(argv)
+    args, given, resumed = parse(argv)
     if args.seeds > 1:
         return several_runs(main, args, given, argv)
-    check_graphs(args)  # before data are read
+    check_device(args)  # before data are read
     genrun.recover(args.out)
-    run = load(args, given, saved)
+    run = load(args, given, resumed)
     dev, dtype, reason = device.pick_device(args.device, args.dtype)  # or the demo's
     run.given, run.dev, run.dtype = given, dev, dtype
-    genrun.begin(run, saved)
+    genrun.begin(run, resumed)
     notes, place = genrun.notes(run), (dev, dtype, reason)
     print('\n'.join(summary.describe(args, run.ds, run.train, run.cfg, place, notes)))
     print(f'{args.method}{summary.flags(args, given - {"data", "model", args.method})}', flush=True)
     for number, (kind, label) in enumerate(run.phases, 1):
-        state = saved if genrun.was_interrupted(run, saved, kind, label) else None
+        state = resumed if genrun.was_interrupted(run, resumed, kind, label) else None
         if code := train_phase(run, kind, label, number, state):
             return code
         gc.collect()  # frees this model before the next one is loaded
@@ -360,7 +358,7 @@ def main(argv=None):
         how = 'train each with --class_id, or all with --resume'
         print(f'\nsaved in {args.out}; it lacks the classes {", ".join(missing)}: {how}')
         return dict(out=args.out)
-    run.model = saved = state = None
+    run.model = resumed = state = None
     gc.collect()
     return finish(run)
 

@@ -23,7 +23,11 @@ def build_model(args, num_labels=0):
         if num_labels:
             note_dropped_head(args)
         trains = args.method != 'zero_shot'
-        return GPT.from_pretrained(args.model, num_labels, new_head=trains, data_dir=args.data_dir)
+        try:
+            kw = dict(new_head=trains, data_dir=args.data_dir)
+            return GPT.from_pretrained(args.model, num_labels, **kw)
+        except files.Unavailable as e:
+            raise files.Unavailable(f'{e}; --scratch starts from random weights') from None
     if args.model not in SHAPES:
         names = ', '.join(SHAPES)
         raise UserError(f'--scratch needs a shape by name ({names}), not {args.model}')

@@ -78,7 +78,7 @@ def folder_tensors(folder):
     for path in weight_files(folder):
         load = load_safetensors if path.endswith('.safetensors') else load_bin
         for name, t in load(path).items():
-            name = name[len('transformer.') :] if name.startswith('transformer.') else name
+            name = name.removeprefix('transformer.')
             if name in tensors:
                 raise UserError(f'{path}: {name} appears twice in the weights; keep one of them')
             mask = name.endswith('.attn.bias') and t.shape[:-2] == (1, 1)  # (1, 1, T, T)
@@ -99,7 +99,7 @@ def drop_tied_head(tensors, folder):
 
 def base_sha256(folder):
     """One sha256 (hex) of the weight files of a folder, in order."""
-    sums = [files.sha256_file(path) for path in weight_files(folder)]
+    sums = [files.hash_file(path) for path in weight_files(folder)]
     return sums[0] if len(sums) == 1 else hashlib.sha256(''.join(sums).encode()).hexdigest()
 
 

@@ -78,9 +78,9 @@ def promote(done, out):
 
 def had_posterior(out, folders):
     """Have all classes of a run, in these folders, had their posterior steps?"""
-    records = [os.path.join(out, f, 'class.json') for f in folders if finished(out, f)]
-    return len(records) == len(folders) and all(
-        'posterior_steps' in files.read_object(r) for r in records
+    return all(
+        finished(out, f) and 'posterior_steps' in files.read_object(f'{out}/{f}/class.json')
+        for f in folders
     )
 
 

@@ -39,9 +39,9 @@ def run(main):
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # python data.py sst2 | head -3
+    except BrokenPipeError:  # train_cls.py | head -3: it ends too, as by SIGPIPE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 141  # 128 + SIGPIPE
     sys.exit(code)
 
 

@@ -47,7 +47,9 @@ def download(urls, dest, **checks):
     files.make_folder(folder)
     before = os.path.exists(dest)
     with files.locked(folder, patience=3600):
-        return dest if os.path.exists(dest) > before else fetch_whole(urls, dest, **checks)
+        if os.path.exists(dest) and not before:  # another process has downloaded it
+            return dest
+        return fetch_whole(urls, dest, **checks)
 
 
 def fetch_whole(urls, dest, **checks):
@@ -145,7 +147,7 @@ def intact(path, size=None, sha256=None, md5=None, member=None):
     sha256 is that of this file in it."""
     if size not in (None, os.path.getsize(path)):
         return False
-    if md5 and md5 != files.sha256_file(path, 'md5'):
+    if md5 and md5 != files.hash_file(path, 'md5'):
         return False
     if not sha256:
         return True
@@ -153,7 +155,7 @@ def intact(path, size=None, sha256=None, md5=None, member=None):
         content = zip_member(path, member) if member else None
     except UserError:  # not a zip, or another one
         return False
-    return sha256 == (hashlib.sha256(content).hexdigest() if member else files.sha256_file(path))
+    return sha256 == (hashlib.sha256(content).hexdigest() if member else files.hash_file(path))
 
 
 def zip_member(path, name):

@@ -13,7 +13,7 @@ from lib.base import data_dir_of
 from lib.download import find
 from lib.files import UserError
 from lib.runs import open_run
-from lib.tokens import EOT, tokenizer_name
+from lib.tokens import EOT, byte_of_character, tokenizer_name
 
 
 def export(path, folder, data_dir=None, base=None):
@@ -101,12 +101,7 @@ def tokenizer_files(run, data_dir):
 
 
 def byte_tokenizer():
-    """tokenizer.json of Hugging Face's tokenizers for byte ids: BPE without merges, on GPT-2's
-    characters for bytes (itself if printable, else 256, 257, ...)."""
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
-    others = [b for b in range(256) if b not in printable]
-    vocab = {chr(b): b for b in printable}
-    vocab.update({chr(256 + i): b for i, b in enumerate(others)})
+    """tokenizer.json of Hugging Face's tokenizers for byte ids: BPE without merges."""
     flags = dict.fromkeys(('single_word', 'lstrip', 'rstrip', 'normalized'), False)
     level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
     return dict(
@@ -114,5 +109,5 @@ def byte_tokenizer():
         added_tokens=[dict(id=256, content=EOT, special=True, **flags)],
         pre_tokenizer=level,
         decoder=level,
-        model=dict(type='BPE', vocab=vocab, merges=[]),
+        model=dict(type='BPE', vocab=byte_of_character(), merges=[]),
     )

@@ -111,10 +111,10 @@ def without_pads(model, x, lengths):
     return None if few or not fast else Rows(lengths, x.shape[1])
 
 
-def hidden(self, ids, of=None):  # K classes share the blocks below the first one that differs
-    copies = self.classes if of is None else 0
+def hidden(self, ids, y=None):  # K classes share the blocks below the first one that differs
+    copies = self.classes if y is None else 0
     if not copies or self.prompt is not None:
-        return type(self).hidden(self, ids, of)
+        return type(self).hidden(self, ids, y)
     own = [any(isinstance(m, LoRA) for m in block.modules()) for block in self.h]
     x, split = self.embed(ids), own.index(True) if True in own else 0
     for i, block in enumerate(self.h):

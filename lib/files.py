@@ -235,7 +235,7 @@ def decode(raw, path):
         raise UserError(f'{where}: {why}') from None
 
 
-def sha256_file(path, kind='sha256'):
+def hash_file(path, kind='sha256'):
     h = hashlib.new(kind)
     with open(path, 'rb') as f:
         for block in iter(lambda: f.read(1 << 20), b''):

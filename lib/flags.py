@@ -158,6 +158,25 @@ def system_flags(p):
     add('--quick', 'a trial: 100 rows per class of each split, one epoch', bool)
 
 
+def opening_flags(p):
+    """How eval.py and predict.py open runs and read texts."""
+    add = group(p, 'system')
+    text = "search here before the cache (default: the run's --data_dir, then $NANOCLS_DATA)"
+    add('--data_dir', text, metavar='DIR')
+    text = 'the base model, if it was moved (default: where the run found it)'
+    add('--base', text, cli.folder, metavar='DIR')
+    add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
+    text = (
+        'matmul precision; auto: the fastest native one (eval.py: fp32 if the run was tested in it)'
+    )
+    add('--dtype', text, DTYPES, 'auto')
+    add('--plain', 'run the plain model, without lib/fast.py', bool)
+    text = 'read long texts whole, in overlapping windows (default: --max_length tokens of them)'
+    add('--windows', text, bool)
+    text = "of a generative run: calibrated probabilities, or Bayes' rule (default: the run's own)"
+    add('--rule', text, ('calibrated', 'bayes'))
+
+
 def fold_flags(p):
     add = group(p, 'cross-validation')
     text = 'K runs in --out, each on all but a K-th of the training rows, and suspects.csv'

@@ -73,7 +73,7 @@ class Feed:
     def __init__(self, model, depth, splits, where, fresh):
         others = [p.requires_grad for n, p in model.named_parameters() if n[:6] != 'score.']
         head_only = not any(others) and not shipped.edited_methods(model, shipped.CLASSIFY)
-        self.net = Head(model) if head_only else Tail(model, depth)
+        self.net = HeadOnly(model) if head_only else Tail(model, depth)
         self.states = {}
         for name, tokens in splits.items():
             own = [states.path for states in self.states.values()]
@@ -100,7 +100,7 @@ class Feed:
         return same
 
 
-class Head:
+class HeadOnly:
     """What trains if all blocks and ln_f are frozen: the states are what `score` reads, (B, C)."""
 
     pooled = True

@@ -40,7 +40,7 @@ def resume(args, given):
         saved = load_resume(work)
         return flags.resumed(args, given, saved['args']), set(), {**saved, 'work': work}
     info = runfolder.read_run(args.out)
-    if info.get('kind') != 'gen':
+    if info['kind'] != 'gen':
         raise UserError(f'{args.out} was trained by train_cls.py; resume it with that')
     later = given & {*POSTERIOR}  # a finished run may continue with the posterior
     if later and info['method'] not in ('lora', 'prefix'):
@@ -58,7 +58,7 @@ def inherit(args, given):
     """--class_id on an existing run: flags that were not typed are those of the run; those that all
     its classes share must be the same."""
     info = runfolder.read_run(args.out)
-    if info.get('kind') != 'gen' or info['method'] not in ('lora', 'full'):
+    if info['kind'] != 'gen' or info['method'] not in ('lora', 'full'):
         raise UserError(
             f'--class_id: {args.out} is no generative run of --lora or --full, so it has no class '
             'that can be trained alone'

@@ -35,7 +35,7 @@ def base_model(args):
     return base.build_model(args)
 
 
-def begin(run, saved):
+def begin(run, resumed):
     """Make the run folder, or take over one to resume or to add a class to. Sets run.old (its
     run.json), run.folders, run.info (the new run.json)."""
     args, ds, labels = run.args, run.ds, run.labels
@@ -46,7 +46,7 @@ def begin(run, saved):
         if args.pretrain:
             files.claim(args.out)
         names = [n for n in ('run.json', 'resume.pt') if os.path.exists(os.path.join(args.out, n))]
-        if names and not saved and args.class_id is None:
+        if names and not resumed and args.class_id is None:
             raise UserError(
                 f'--out {args.out} already holds a run; name another folder, remove that one, '
                 'resume it (--resume), or train one of its classes (--class_id)'
@@ -60,7 +60,7 @@ def begin(run, saved):
         problem = f'{args.data} has no rows of the class {lost[0]!r}, but {args.out} has it'
         raise UserError(f'{problem}; --data must hold all classes of the run')
     run.folders = classes.folder_names(labels, old['folders'])
-    run.phases = plan_phases(run, saved)
+    run.phases = plan_phases(run, resumed)
     with torch.device('meta'):  # checks --targets before the run has a folder
         outline = GPT(run.cfg)
         lora.adapt(outline, args.method, **of_adapt(args))
@@ -68,8 +68,8 @@ def begin(run, saved):
         problem = f'each class trains its own {next(iter(more))}, added by an edit'
         raise UserError(f'{problem}, so --posterior_steps cannot hold all classes in one model')
     files.make_folder(args.out)
-    run.leaked = list(classes.leaked(old, args, ds))
-    recorded = rundata.record(args.out, ds, saved, old)
+    run.leaked = classes.leaked(old, args, ds)
+    recorded = rundata.record(args.out, ds, resumed, old)
 
     def base_info():
         with files.locked(args.out):
@@ -83,7 +83,6 @@ def begin(run, saved):
         info = dict(kind='lm' if args.pretrain else 'gen', method=args.method, model=args.model)
         info.update(data=args.data, seed=args.seed, labels=[] if args.pretrain else labels)
         info.update(base=ranks.from_rank_zero(base_info), folders=run.folders)
-    info.update(rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')})
     info.update(recorded, args=vars(args), versions=versions())
     info.update({} if args.pretrain else dict(prior=dict(zip(labels, run.prior.tolist()))))
     info.update(dict(prompts=run.prompts) if run.prompts else {})
@@ -103,9 +102,9 @@ def notes(run):
     return lines
 
 
-def plan_phases(run, saved):
+def plan_phases(run, resumed):
     """-> the phases that are to be trained, pairs of kind and label: ('class', its label), or
-    'prefix', 'pretrain' or 'posterior' and None. saved: of a run to resume, which has done some."""
+    'prefix', 'pretrain' or 'posterior' and None. resumed: state of a run, which has done some."""
     args, labels = run.args, run.labels
     phases = [('class', label) for label in labels]
     if args.class_id is not None:
@@ -118,9 +117,9 @@ def plan_phases(run, saved):
     elif args.method not in ('lora', 'full'):
         phases = [] if args.method == 'zero_shot' else [(args.method, None)]
     phases += [('posterior', None)] if args.posterior_steps else []
-    if not saved:
+    if not resumed:
         return phases
-    return [p for p in phases if was_interrupted(run, saved, *p) or not done(run, *p)]
+    return [p for p in phases if was_interrupted(run, resumed, *p) or not done(run, *p)]
 
 
 def work_folder(run, kind, label):
@@ -138,10 +137,10 @@ def claim(run, kind, label):
     return work
 
 
-def was_interrupted(run, saved, kind, label):
-    """Is `saved` the state of this phase?"""
-    work = saved and saved['work'] or ''  # None: the run was not interrupted in a phase
-    return os.path.normpath(work_folder(run, kind, label)) == os.path.normpath(work)
+def was_interrupted(run, resumed, kind, label):
+    """Is `resumed` the state of this phase? (It has no `work` if no phase was interrupted.)"""
+    here = os.path.normpath(work_folder(run, kind, label))
+    return bool(resumed and resumed['work']) and os.path.normpath(resumed['work']) == here
 
 
 def done(run, kind, label):
@@ -154,7 +153,7 @@ def done(run, kind, label):
 
 
 def build(run, kind):
-    """Load the model of a phase and add what trains. -> model, its weights as read, lines about
+    """Load the model of a phase and add what trains. -> model, its original weights, lines about
     it"""
     args, labels, wrapped = run.args, run.labels, []
     if kind == 'posterior':  # continues from the best weights of the likelihood
@@ -163,7 +162,7 @@ def build(run, kind):
     else:  # each class starts from the base
         model, run.model = run.model or base_model(args), None
     torch.manual_seed(args.seed)  # as if this phase were trained alone
-    read = model.state_dict()
+    original = model.state_dict()
     if kind == 'posterior':
         folders = [os.path.join(args.out, run.folders[label]) for label in labels]
         peft.load_peft(folders, model, classes=len(labels))
@@ -177,15 +176,14 @@ def build(run, kind):
             model.prompt.data = torch.stack([row.mean(0, keepdim=True) for row in rows])
     if args.trunk_dropout:
         model.set_dropout(args.trunk_dropout)
-    trained, total = lora.count(model)
-    run.info['parameters'] = dict(trainable=trained, total=total)
+    run.info['parameters'] = lora.count(model)
     lines = lora.describe(model, wrapped) + runfolder.notes(model, args.method)
     device.place(model, run.dev, run.dtype)
     if not args.plain:
         fast.speed_up(model, run.dev, run.dtype, pack=not args.compile)
     wrap_blocks(model, args)
     model.forward = model.logprob  # what DistributedDataParallel calls
-    return model, read, lines
+    return model, original, lines
 
 
 def save_weights(run, phase, results):
@@ -193,7 +191,7 @@ def save_weights(run, phase, results):
     if not files.WRITES:
         return
     args, model, sha256 = run.args, phase.model, run.info['base']['sha256']
-    exact = {**phase.read, **lora.trained_state(model)}  # {plain name: float32 tensor}
+    exact = {**phase.original, **lora.trained_state(model)}  # {plain name: float32 tensor}
     if phase.kind == 'pretrain':
         checkpoints.save_hf(args.out, model.cfg, exact)
         files.write_json(os.path.join(args.out, 'run.json'), {**run.info, 'results': results})

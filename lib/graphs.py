@@ -9,8 +9,8 @@ from lib.files import UserError
 GRAPH_WIDTH = 8  # tokens; recorded batches are as wide as a multiple of it: fewer shapes to record
 
 
-def check_graphs(args):
-    """Raise UserError if --device is not there, or --cuda_graphs is asked for and not possible."""
+def check_device(args):
+    """Raise UserError if --device is not there, or cannot run --cuda_graphs."""
     device = pick_device(args.device, args.dtype)[0]
     if args.cuda_graphs and device.type != 'cuda':
         raise UserError(f'--cuda_graphs needs a GPU, but this run is on {device}')

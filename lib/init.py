@@ -22,7 +22,7 @@ def inherit(args, given):
     """Flags that were not typed are those of the run; those that make its model must be."""
     path, info = args.init, runfolder.read_run(args.init)
     old, method = info['args'], info['method']
-    if info.get('kind') == 'gen':
+    if info['kind'] == 'gen':
         raise UserError(f'--init {path}: this run is generative; name one of train_cls.py')
     if 'data' not in given:
         raise UserError(f'--init {path} needs --data: the rows to train on')

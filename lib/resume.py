@@ -36,7 +36,7 @@ def interrupted_in(out):
 
 
 def load_resume(out):
-    """-> what save_resume wrote, with `due` False where a file has none."""
+    """-> what save_resume wrote"""
     if not out:
         raise UserError('--resume needs --out, the folder of the run to resume')
     path = os.path.join(out, 'resume.pt')
@@ -45,9 +45,10 @@ def load_resume(out):
     saved = load_pickle(path, 'remove it and start the run again', mapped=False)
     saved = saved if isinstance(saved, dict) else {}
     step = saved.get('step')
-    if not isinstance(saved.get('args'), dict) or type(step) is not int or step < 0:
+    known = isinstance(saved.get('args'), dict) and type(saved.get('due')) is bool
+    if not known or type(step) is not int or step < 0:
         raise UserError(f'{path} was not written by a training script; remove it and start again')
-    return {**saved, 'due': saved.get('due') is True}
+    return saved
 
 
 def restore(saved, params, opt, scaler, *more):
@@ -71,9 +72,9 @@ def restore(saved, params, opt, scaler, *more):
                 if state and not 0 <= float(state['step']) <= saved['step']:
                     raise ValueError('a state of other steps')
             scaler.load_state_dict(saved['scaler'])
-            if len(more) != len(saved.get('more', ())):
+            if len(more) != len(saved['more']):
                 raise ValueError('a state of other objects')
-            for x, state in zip(more, saved.get('more', ())):
+            for x, state in zip(more, saved['more']):
                 x.load_state_dict(state)
         if saved['best'] is not None and not all(type(v) in (int, float) for v in [*saved['best']]):
             raise ValueError('a score that is no number')

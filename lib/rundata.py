@@ -22,12 +22,9 @@ SPLITS = ('train', 'val', 'test')
 def own_data(info, data_dir=None):
     """The data set of a run (info: its run.json), split by the same seed; of a --quick run the
     same few rows. Raises UserError if it cannot be read any more."""
-    args = info['args']
-    names = ('val', 'test', 'max_samples', 'balance')
-    flags = {name: args[name] for name in names}
-    flags.update(seed=args['split_seed'], form=Format.of(args))
+    args = dict(info['args'], data_dir=data_dir_of(info, '', data_dir))
     try:
-        ds = data.load(args['data'], data_dir=data_dir_of(info, '', data_dir), **flags)
+        ds = data.load(args['data'], **data.options(args))
     except UserError:
         if args['data'] in data.READERS or os.path.exists(args['data']):
             raise
@@ -122,8 +119,9 @@ def record(path, ds, saved=None, old=None, init=None):
         head = np.array([int(x, 16) for x in split.values()], '<u8')
         content = np.concatenate([head, np.unique(texts)]).astype('<u8').tobytes()
         files.write_atomic(os.path.join(path, 'train_texts.bin'), content)
-    form = ds.form
-    return dict(split=split, columns=dict(text_col=form.text_col, label_col=form.label_col))
+    columns = dict(text_col=ds.form.text_col, label_col=ds.form.label_col)
+    rows = {name: len(getattr(ds, name).y) for name in SPLITS}
+    return dict(split=split, columns=columns, rows=rows)
 
 
 def check(path, split, ds, hint):

@@ -35,40 +35,38 @@ def free_folder(name, method):
     return next(path for path in itertools.chain([first], numbered) if not os.path.exists(path))
 
 
-def begin(args, ds, model, read, saved):
-    """Make the folder of a discriminative run, or take over that of the run to resume. read: see
-    save. -> contents of run.json"""
+def begin(args, ds, model, original, resumed):
+    """Make the folder of a discriminative run, or take over that of the run to resume.
+    original: see save. -> contents of run.json"""
     args.out = args.out or ranks.from_rank_zero(lambda: free_folder(args.data, args.method))
 
     def claim():
         files.claim(args.out)
         taken = any(os.path.exists(os.path.join(args.out, n)) for n in ('run.json', 'resume.pt'))
-        if taken and not saved:
+        if taken and not resumed:
             advice = 'name another folder, remove that one, or resume it (--resume)'
             raise UserError(f'--out {args.out} already holds a run; {advice}')
         files.remove_leftovers(args.out)
-        return base.base_info(args, args.out, model.cfg, read, ds.labels)
+        return base.base_info(args, args.out, model.cfg, original, ds.labels)
 
     info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed)
     info.update(labels=ds.labels, base=ranks.from_rank_zero(claim))
-    info.update(rows={name: len(getattr(ds, name).y) for name in ('train', 'val', 'test')})
-    info.update(rundata.record(args.out, ds, saved, init=args.init))
-    trained, total = lora.count(model)
-    info.update(args=vars(args), parameters=dict(trainable=trained, total=total))
+    info.update(rundata.record(args.out, ds, resumed, init=args.init))
+    info.update(args=vars(args), parameters=lora.count(model))
     return {**info, 'versions': versions()}
 
 
-def save(folder, model, info, read, results):
+def save(folder, model, info, original, results):
     """Write what train_cls.py trained, in the format that other programs load: a folder of
     transformers or PEFT, or adapter.safetensors. And run.json; info: its contents but for
-    `results`. read: {plain name: float32 tensor} of the base model, for what stays frozen."""
+    `results`. original: {plain name: float32 tensor} of the base model, for what stays frozen."""
     if info['method'] in ('lora', 'prompt'):
         save_peft(folder, model, base.peft_base(folder, info))
     elif info['method'] == 'adapter':
         trained = {n: p.detach() for n, p in lora.trainables(model).items()}
         save_safetensors(os.path.join(folder, 'adapter.safetensors'), trained)
     else:
-        state = {**read, **lora.trained_state(model)}
+        state = {**original, **lora.trained_state(model)}
         assert lora.trainables(model).keys() <= state.keys(), 'all of it is saved'
         checkpoints.save_hf(folder, model.cfg, state, info['labels'])
     files.write_json(os.path.join(folder, 'run.json'), {**info, 'results': results})
@@ -146,11 +144,10 @@ def precision(path, info):
     """The name of the torch.dtype in which eval_results.json of a run was computed; None if that is
     not known."""
     try:
-        recorded = files.read_object(os.path.join(path, 'eval_results.json')).get('dtype')
+        return files.read_object(os.path.join(path, 'eval_results.json')).get('dtype')
     except UserError:  # missing or damaged
-        recorded = None
-    names = dict(fp32='float32', bf16='bfloat16', fp16='float16')  # of --dtype
-    return recorded or names.get(info['args'].get('dtype'))
+        names = dict(fp32='float32', bf16='bfloat16', fp16='float16')  # of --dtype
+        return names.get(info['args'].get('dtype'))
 
 
 def read_run(path):
@@ -158,13 +155,16 @@ def read_run(path):
     record = os.path.join(path, 'run.json')
     if not os.path.isfile(record):
         advice = f'train one with train_cls.py or train_gen.py --out {shlex.quote(path)}'
+        if os.path.isfile(os.path.join(path, 'resume.pt')):
+            advice = 'its training was interrupted before anything was saved; resume it: --resume'
         raise UserError(f'{path} is not a run folder: it has no run.json ({advice})')
     info = files.read_json(record)
     if isinstance(info, dict) and info.get('kind') == 'lm':
         advice = f'train one on top of it with --model {shlex.quote(path)}'
         raise UserError(f'{path} is a language model (--pretrain), not a classifier; {advice}')
-    known = isinstance(info, dict) and all(k in info for k in ('labels', 'method', 'args', 'base'))
-    if not known or info['method'] not in METHODS.get(str(info.get('kind', 'cls')), ()):
+    names = ('kind', 'labels', 'method', 'args', 'base')
+    known = isinstance(info, dict) and all(name in info for name in names)
+    if not known or info['method'] not in METHODS.get(str(info['kind']), ()):
         raise UserError(f'{record} is not one that train_cls.py or train_gen.py wrote')
     wrong = malformed(info)
     if wrong:
@@ -226,12 +226,12 @@ def malformed(info):
         return 'labels'
     if not isinstance(args, dict):
         return 'args'
-    for name, check in args_fields(method, info.get('kind')).items():
+    for name, check in args_fields(method, info['kind']).items():
         if name not in args or not check(args[name]):
             return name
-    if info.get('kind') != 'gen' and args.get('pool') not in POOLS:
+    if info['kind'] != 'gen' and args.get('pool') not in POOLS:
         return 'pool'
-    if info.get('kind') == 'gen' or method in ('lora', 'adapter', 'prompt'):
+    if info['kind'] == 'gen' or method in ('lora', 'adapter', 'prompt'):
         named = isinstance(base, dict) and TEXT(base.get('name')) and 'sha256' in base
         if not named or not optional(TEXT)(base['sha256']):
             return 'base'
@@ -239,7 +239,7 @@ def malformed(info):
         return 'columns'
     if not optional(split)(info.get('split')):
         return 'split'
-    checks = gen_fields(info, labels, method) if info.get('kind') == 'gen' else {}
+    checks = gen_fields(info, labels, method) if info['kind'] == 'gen' else {}
     return next((name for name, valid in checks.items() if not valid), None)
 
 

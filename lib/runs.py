@@ -19,7 +19,6 @@ from lib.files import UserError
 from lib.matrices import packing
 from lib.metrics import softmax
 from lib.peft import apart, load_peft
-from lib.report import counted
 from lib.runfolder import info_of, load_cls, precision
 from lib.tokens import cut_note, listed, tokenize, tokenizer, tokenizer_name
 from lib.versions import note_edits
@@ -43,7 +42,10 @@ def open_run(path, device='auto', dtype='auto', data_dir=None, plain=False, base
     how = How(*pick_device(device, dtype), data_dir, plain, base)
     if how.dtype == torch.int8:
         int8.check(plain)
-    run = (open_gen if info.get('kind') == 'gen' else open_cls)(path, info, how)
+    if info['kind'] == 'gen':
+        run = open_gen(path, info, how)
+    else:
+        run = Run(path, info, load_cls(path, info, data_dir, base), how)
     return int8.quantize(run) if how.dtype == torch.int8 else run
 
 
@@ -54,14 +56,6 @@ def open_to_score(path, info, args):
     base = args.base if info['method'] in STAYS or len(args.run) == 1 else None
     dtype = 'fp32' if exact else args.dtype
     return open_run(path, args.device, dtype, args.data_dir, args.plain, base)
-
-
-def open_cls(path, info, how):
-    args, model = info['args'], load_cls(path, info, how.data_dir, how.base)
-    room = model.cfg.block_size - (0 if model.prompt is None else len(model.prompt))
-    args['max_length'] = min(args['max_length'] or room, room)  # None in a folder from elsewhere
-    model.pooling, model.pad_to = args['pool'], args['max_length']
-    return Run(path, info, model, how)
 
 
 def open_gen(path, info, how):
@@ -117,14 +111,12 @@ class Run:
 
     def __init__(self, path, info, model, how, front=0):
         """front: positions that are neither a text's nor the model's own prompt."""
-        taken = front + (0 if model.prompt is None else model.prompt.shape[-2])
-        length, room = info['args']['max_length'], model.cfg.block_size - taken
-        if length > room:
-            problem = (
-                f'max_length {length} does not fit, the model has room for {counted(room, "token")}'
-            )
-            raise UserError(f'{path}/run.json: {problem} of a text')
         self.path, self.info, self.labels, self.args = path, info, info['labels'], info['args']
+        taken = front + (0 if model.prompt is None else model.prompt.shape[-2])
+        room = model.cfg.block_size - taken
+        length = min(self.args['max_length'] or room, room)  # None in a folder from elsewhere
+        self.args['max_length'] = model.pad_to = length
+        model.pooling = self.args.get('pool', 'last')
         self.device, self.dtype, self.reason = how.device, how.dtype, how.reason
         self.model = prepare(model, how)
         self.enc = encoding(model, info, how.data_dir)
@@ -206,20 +198,19 @@ class GenRun(Run):
         if not len(tokens):
             return np.empty((0, len(self.labels)), np.float32)
 
-        def columns(score, calls):  # calls: (model, last argument) -> (N, 1) or (N, K) of each
-            for i, (model, last) in enumerate(calls):
-                part = progress and (i, len(calls))
-                yield score(model, tokens, *self.settings, last, progress=part)
-
         if self.answers and self.windows:
             raise UserError(
                 '--windows: a --direct run scores the class after the text, in one window'
             )
+        score, passes, neutral = self.scorer.text_logprobs, self.passes, 0.0
         if self.answers:
-            ids = [self.answers[label] for label in self.labels]
-            parts = columns(scoring.answer_logprobs, [(self.model, answer) for answer in ids])
-            return np.concatenate(list(parts), axis=1) - self.neutral
-        return np.concatenate(list(columns(self.scorer.text_logprobs, self.passes)), axis=1)
+            passes = [(self.model, self.answers[label]) for label in self.labels]
+            score, neutral = scoring.answer_logprobs, self.neutral
+        columns = []  # (N, 1) or (N, K) of each pass
+        for i, (model, ids) in enumerate(passes):
+            part = progress and (i, len(passes))
+            columns.append(score(model, tokens, *self.settings, ids, progress=part))
+        return np.concatenate(columns, axis=1) - neutral
 
     def logits_of(self, tokens, progress=False):
         """Tokens -> log P(text | class) + log P(class), (N, K): Bayes' rule up to a constant."""

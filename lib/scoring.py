@@ -15,28 +15,26 @@ CACHED = 256 * 768  # float32 numbers of a layer's output that a CPU keeps in it
 
 
 @torch.no_grad()
-def in_batches(
-    fn, model, tokens, max_length, keep, device, dtype, batch_tokens=None, progress=False, copies=1
-):
+def in_batches(fn, model, tokens, max_length, keep, device, dtype, progress=False, copies=1):
     """fn(ids (B, T), lengths (B,), index (B,)) -> (B, K) on every text of `tokens` (Tokens)
     -> (N, K) float32 numpy, in their order.
 
     Longest texts first, so that out of memory shows on the first batch and hardly any padding is
-    needed; as many at a time as fit `batch_tokens` padded tokens, each read `copies` times. The
-    model is in evaluation mode meanwhile. Ranks share the texts. progress: show it; (i, n) for pass
-    i of n."""
+    needed. copies: how often each text is read. The model is in evaluation mode meanwhile. Ranks
+    share the texts. progress: show it; (i, n) for pass i of n."""
     cached = max(256, CACHED // model.cfg.n_embd) * min(copies, 3)  # tokens
     cached *= 1 if dtype == torch.float32 else 2
     if dtype != torch.bfloat16 and not cpu_is_intels():  # measured on AMD's Zen 3
         cached = max(cached, 1024)
-    batch_tokens = batch_tokens or (cached if device.type == 'cpu' else 65536)  # that fills a GPU
+    batch_tokens = cached if device.type == 'cpu' else 65536  # that fills a GPU
     lengths = np.minimum(tokens.lengths, max_length)
     order = np.argsort(-lengths, kind='stable')
     own = order[ranks.rank() :: ranks.world_size()]  # this rank's texts
     was_training = model.training
     model.eval()
     outputs, start = [], 0
-    show = Progress(lengths[own], (0, 1) if progress is True else progress)
+    shown = progress and ranks.rank() == 0
+    show = Progress(lengths[own], (0, 1) if progress is True else progress) if shown else None
     try:
         while start < len(own):
             n = max(1, batch_tokens // (copies * int(lengths[own[start]])))
@@ -54,7 +52,7 @@ def in_batches(
                 batch_tokens //= 2  # the results do not depend on it
                 continue
             start += len(index)
-            if progress and ranks.rank() == 0:
+            if show:
                 show(start)
     finally:
         model.train(was_training)

@@ -20,9 +20,9 @@ def by_method(paths, infos):
     have the same kind, method, data and flags, except for those in ASIDE; its name has the flags in
     which methods of this kind differ. Raises UserError if no method has two runs, or two of its
     runs have the same seed."""
-    kinds = ['gen-' * (info.get('kind') == 'gen') + info['method'] for info in infos]
+    kinds = ['gen-' * (info['kind'] == 'gen') + info['method'] for info in infos]
     flags = [{k: v for k, v in info['args'].items() if k not in ASIDE} for info in infos]
-    # of older runs some flags are missing: like those that are off
+    # only flags that are on have a place in a name
     flags = [{k: v for k, v in f.items() if v is not None and v is not False} for f in flags]
     keys = [(kind, json.dumps(flag, sort_keys=True)) for kind, flag in zip(kinds, flags)]
     groups = [[i for i, other in enumerate(keys) if other == key] for key in dict.fromkeys(keys)]
@@ -62,7 +62,5 @@ def by_seed(groups, paths, results, right):
         found = {key: mean_interval([results[i][key] for i in group]) for key in SHOWN}
         means = {key: dict(mean=mean, half=half) for key, (mean, half) in found.items()}
         methods.append(dict(method=method, runs=[paths[i] for i in group], means=means))
-    several = [len(rows[0]) > 1 and len(other) > 1 for other in rows[1:]]
-    return methods, [
-        compare_means(rows[0], o) if two else None for o, two in zip(rows[1:], several)
-    ]
+    tested = [len(rows[0]) > 1 and len(other) > 1 for other in rows[1:]]
+    return methods, [compare_means(rows[0], o) if t else None for o, t in zip(rows[1:], tested)]

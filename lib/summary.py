@@ -18,11 +18,12 @@ def describe(args, ds, train, cfg, place, notes=()):
     counts = np.bincount(ds.train.y, minlength=len(ds.labels))
     rows = ', '.join(f'{label} {n}' for label, n in zip(ds.labels, counts))
     longer = 100 * np.mean(train.lengths > args.max_length)
+    cut = f'the training texts are longer than {counted(args.max_length, "token")}; of these the '
+    cut += args.keep
     return [
         f'{args.data}: {rows} training rows; {len(ds.val.y)} validation, {len(ds.test.y)} test',
         *(f'  {note}' for note in (*ds.notes, *notes)),
-        f'{longer:.1f} % of the training texts are longer than {counted(args.max_length, "token")}'
-        f'; of these the {args.keep} {args.max_length} are read',
+        *[f'{longer:.1f} % of {cut} {args.max_length} are read'] * bool(longer),
         *(f'  {note}' for note in cut_note(train.lengths, args.max_length)),
         f'{args.model}{" (random weights)" if args.scratch else ""}: {cfg}',
         f'{device}, matmuls in {str(dtype)[6:]}: {reason}',

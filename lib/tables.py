@@ -263,7 +263,8 @@ def pick_columns(path, table, form):
         t, y = t or other, y or other
     if not (t and y):
         which = 'label' if t else 'text'
-        raise UserError(f'{path}: cannot tell which column is the {which}: {have}')
+        hint = 'if these are no names, put names above the first row'
+        raise UserError(f'{path}: cannot tell which column is the {which}: {have}; {hint}')
     return t, y
 
 

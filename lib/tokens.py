@@ -52,15 +52,20 @@ def tokenizer(name, data_dir=None):
         if hashlib.sha256(content[file]).hexdigest() != sha256:
             why = f"is not GPT-2's {file} (its sha256 differs)"
             raise UserError(f'{path} {why}; replace or remove it')
-    # the files write a printable Latin-1 byte as itself, the others as characters 256, 257, ...
-    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
-    order = plain + [b for b in range(256) if b not in plain]
-    byte = {chr(b) if i < len(plain) else chr(256 + i - len(plain)): b for i, b in enumerate(order)}
-    ranks = {bytes([b]): i for i, b in enumerate(order)}
+    byte = byte_of_character()
+    ranks = {bytes([b]): i for i, b in enumerate(byte.values())}
     for i, merge in enumerate(content['vocab.bpe'].decode().split('\n')[1:-1]):  # line 1: version
         ranks[bytes(byte[c] for c in merge if c != ' ')] = 256 + i
     kw = dict(mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
     return tiktoken.Encoding('gpt2', pat_str=GPT2_PATTERN, **kw)
+
+
+def byte_of_character():
+    """{character: byte} of GPT-2's files: a printable Latin-1 byte is written as itself, the others
+    as characters 256, 257, ..."""
+    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
+    others = [b for b in range(256) if b not in plain]
+    return {**{chr(b): b for b in plain}, **{chr(256 + i): b for i, b in enumerate(others)}}
 
 
 class Tokens:
@@ -133,7 +138,7 @@ def tokenize(enc, texts, cache=True):
 
 def key_of(enc, texts):
     """Hash of the tokenizer, of this file, an edit of which counts as well, and of the texts."""
-    h = hashlib.sha256(f'{files.sha256_file(__file__)} {enc.name} {enc.n_vocab}'.encode())
+    h = hashlib.sha256(f'{files.hash_file(__file__)} {enc.name} {enc.n_vocab}'.encode())
     for t in texts:
         raw = t.encode('utf-8', 'surrogatepass')
         h.update(b'%d:' % len(raw) + raw)
@@ -151,24 +156,3 @@ def read_cached(path, n, n_vocab):
         return Tokens(flat, starts) if valid else None
     except Exception:  # numpy raises many types for a damaged file
         return None
-
-
-def piece_starts(lengths, limit):
-    """Rows of ascending lengths (n,), cut into pieces of at most `limit` tokens, padding included;
-    a longer row is a piece of its own. -> first row of each piece"""
-    starts = [0]
-    for i, n in enumerate(lengths.tolist()):
-        if i > starts[-1] and (i + 1 - starts[-1]) * n > limit:
-            starts.append(i)
-    return starts
-
-
-def even_pieces(lengths, limit):
-    """The same, with pieces as even as a lower limit makes as many of them: the last one could else
-    be a single row, and a step like any other."""
-    count, low, high = len(piece_starts(lengths, limit)), 0, limit
-    while high - low > max(1, limit // 100):
-        middle = (low + high) // 2
-        fits = len(piece_starts(lengths, middle)) <= count
-        low, high = (low, middle) if fits else (middle, high)
-    return piece_starts(lengths, high)

@@ -15,11 +15,11 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
+import data
 from lib import files, ranks
 from lib.files import UserError
 from lib.progress import clock, columns, fitting
 from lib.report import counted
-from lib.tokens import piece_starts
 
 
 class Plan:
@@ -72,7 +72,7 @@ class Plan:
         """Rows of a step -> this rank's, in --grad_accum parts of like length, and the factor of
         their loss (ranks.rank_part)."""
         rows = rows[np.argsort(self.lengths[rows])]
-        starts = piece_starts(self.lengths[rows], self.tokens) if self.tokens else [0]
+        starts = data.piece_starts(self.lengths[rows], self.tokens) if self.tokens else [0]
         shares = [ranks.rank_part(piece) for piece in np.split(rows, starts[1:])]
         shares = [share for share in shares if share[1]] or shares[:1]
         own, factor = shares[0]
@@ -177,7 +177,7 @@ class Log:
         self.path, self.plan, self.texts = os.path.join(out, 'log.jsonl'), plan, texts
         self.extra, rows = extra or {}, files.log_rows(self.path) if done else []
         self.hits = device and torch.zeros((), dtype=torch.int64, device=device)
-        # stops() says again that it stopped
+        # without the line of --patience: stops() writes it again
         kept = [row for row in rows if row['step'] <= done and 'stopped' not in row]
         files.write_atomic(self.path, ''.join(json.dumps(row) + '\n' for row in kept))
         self.restart()
@@ -235,9 +235,9 @@ class Log:
                 shown += [f'{len(rows) - 3} more'] if len(rows) > 3 else []
                 raise UserError(
                     f'the loss or its gradient is not finite ({value}) at step {bad}, whose texts '
-                    f'are {", ".join(shown)}: try a smaller --lr than {self.plan.lr:g}, or --dtype '
-                    f'fp32, or look at these texts; {self.plan.args.out} has the last checkpoint, '
-                    'and --resume continues from it'
+                    f'are {", ".join(shown)}: look at them, or try a smaller '
+                    f'--lr than {self.plan.lr:g} or --dtype fp32, in another --out: '
+                    '--resume would take the same steps'
                 )
         return sum(values) / len(values)
 

@@ -53,9 +53,8 @@ def text_logprobs(model, tokens, max_length, keep, device, dtype, context=(), **
     first = torch.from_numpy(np.maximum(0, before[:, 1] - here[:, 0]))  # (W,)
 
     def fn(ids, n, index):
-        parts = (data.to_device(t[torch.from_numpy(index)], device) for t in (ends, first))
-        ends_here, first_here = parts
-        return model.logprob(ids, n, ends_here, context, first_here).view(len(ids), k)
+        e, f = (data.to_device(t[torch.from_numpy(index)], device) for t in (ends, first))
+        return model.logprob(ids, n, e, context, f).view(len(ids), k)
 
     where = size, 'first', device, dtype
     parts = scoring.in_batches(fn, model, windows, *where, copies=k, **options)  # (W, K)

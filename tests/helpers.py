@@ -34,7 +34,7 @@ import train_cls
 import train_gen
 from lib import checkpoints, demo, matrices, workload
 from lib.cli import exit_code
-from lib.files import read_json, sha256_file, write_json
+from lib.files import hash_file, read_json, write_json
 from lib.metrics import softmax
 from lib.runs import open_run
 from lib.tables import read_table
@@ -547,7 +547,7 @@ def opened(method):
 def tree(folder):
     """{path in the folder: sha256} of all files."""
     paths = [os.path.join(at, name) for at, _, names in os.walk(folder) for name in names]
-    return {os.path.relpath(path, folder): sha256_file(path) for path in paths}
+    return {os.path.relpath(path, folder): hash_file(path) for path in paths}
 
 
 class Unpacked:

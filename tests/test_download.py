@@ -15,7 +15,7 @@ import data
 import lib.download
 import lib.files
 from lib.download import file_or_member
-from lib.files import Unavailable, UserError, read_bytes, sha256_file
+from lib.files import Unavailable, UserError, hash_file, read_bytes
 from tests.helpers import (
     TOP,
     answer,
@@ -66,9 +66,9 @@ def test_download():
 
         def watched(path, kind='sha256'):
             asked_for.append(kind)
-            return sha256_file(path, kind)
+            return hash_file(path, kind)
 
-        with patched(lib.files, 'sha256_file', watched):
+        with patched(lib.files, 'hash_file', watched):
             assert get([at + '/whole'], **GOOD) == (BODY, ['file'])
             assert get([at + '/whole'], size=len(BODY)) == (BODY, ['file'])
         assert 'md5' not in asked_for, 'nobody asked for it'

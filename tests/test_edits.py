@@ -504,10 +504,10 @@ def test_batches_of_another_number():
         sizes = [len(batches(lengths, 10, 3, epoch)) for epoch in range(3)]
         flags = dict(batch_tokens=None, batch_size=10, grad_accum=1, seed=3, eval_every=None)
         plan = lib.training.Plan(SimpleNamespace(**flags), lengths, batches, 0, 2.5, 1e-3)
-        assert plan.max_steps == sum(sizes[:2]) + math.ceil(sizes[2] / 2)
         for step in range(1, plan.max_steps + 1):
             assert len(plan.rows(step))
         rows = plan.rows(sizes[0] + 1)
+        assert plan.max_steps == sum(sizes[:2]) + math.ceil(sizes[2] / 2)
         assert np.array_equal(rows, batches(lengths, 10, 3, 1)[0])
 
 

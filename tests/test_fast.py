@@ -203,7 +203,7 @@ def test_edits_that_few_numbers_would_not_show():
     def one(self, x, before=MLP.forward):
         return before(self, x) * (0.5 if next(self.c_fc.parameters())[0, 0] > 0 else 1)
 
-    def skip(self, ids, of=None):
+    def skip(self, ids, y=None):
         x = self.embed(ids)
         for i, block in enumerate(self.h):
             x = block(x) if i else x

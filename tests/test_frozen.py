@@ -140,7 +140,7 @@ def test_what_cached_states_come_from_is_watched():
         model.wte.register_forward_hook(lambda *a: None)
         assert frozen.cache(model, dict(train=tokens), *how) is None
         model, tokens, how = example('head')
-        model.embed = lambda ids, of=None, copies=1: GPT.embed(model, ids) / 2
+        model.embed = lambda ids, y=None, copies=1: GPT.embed(model, ids) / 2
         assert frozen.cache(model, dict(train=tokens), *how) is None
 
 
@@ -252,8 +252,8 @@ def test_states_that_do_not_fit_are_not_used():
         got = class_logits(model, tokens, *how, net=feed.net, states=feed.states['train'])
         assert np.allclose(got, class_logits(model, tokens, *how), atol=1e-4)
 
-        def hidden(self, ids, of=None, before=GPT.hidden):
-            return before(self, ids, of) + self.wte(ids)  # the embeddings once more, at the end
+        def hidden(self, ids, y=None, before=GPT.hidden):
+            return before(self, ids, y) + self.wte(ids)  # the embeddings once more, at the end
 
         with patched(GPT, 'hidden', hidden):
             model, tokens, how = example('last', last=1)

@@ -1,4 +1,4 @@
-"""README.md: its Python example runs as it stands."""
+"""README.md and docs/editing.md: their Python examples run as they stand."""
 
 import contextlib
 import io
@@ -8,11 +8,12 @@ import re
 
 from tests.helpers import tmp
 
-README = pathlib.Path(__file__).parent.parent / 'README.md'
+TOP = pathlib.Path(__file__).parent.parent
 
 
-def test_python_example():
-    code = re.search(r'```python\n(.*?)```', README.read_text(encoding='utf-8'), re.S)[1]
+def example(page):
+    """Run the Python of a page -> what it printed, its names"""
+    code = re.search(r'```python\n(.*?)```', (TOP / page).read_text(encoding='utf-8'), re.S)[1]
     out, names, before = io.StringIO(), {}, os.getcwd()
     os.chdir(tmp())
     try:
@@ -20,8 +21,18 @@ def test_python_example():
             exec(code, names)
     finally:
         os.chdir(before)
-    accuracy, answer, logits = out.getvalue().splitlines()[-3:]
+    return out.getvalue(), names
+
+
+def test_python_example():
+    text, names = example('README.md')
+    accuracy, answer, logits = text.splitlines()[-3:]
     assert float(accuracy) == names['results']['test']['accuracy'] > 0.5
     [(label, probability)] = eval(answer)
     assert label in names['run'].labels and 0.5 <= probability <= 1
     assert logits.startswith("['negative', 'positive'] [["), logits
+
+
+def test_a_loop_of_ones_own():
+    text, _ = example('docs/editing.md')
+    assert float(text.split()[-1]) > 0.7, text

@@ -238,6 +238,7 @@ def test_resume_state_is_checked():
             params={n: p.detach() for n, p in params.items()},
             opt=dict(state=state),
             scaler=scaler.state_dict(),
+            more=[],
         )
         assert restore(saved, params, torch.optim.AdamW(params.values()), scaler) == (1, None)
         state[0] = {**state[0], **change} if change else change

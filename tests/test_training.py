@@ -22,7 +22,7 @@ import train_cls
 import train_gen
 from lib.device import autocast, cpu_has_bf16, pick_device, place
 from lib.files import UserError, read_json
-from lib.graphs import Graphs, check_graphs
+from lib.graphs import Graphs, check_device
 from lib.resume import load_resume
 from lib.runs import open_run
 from lib.scoring import class_logits, in_batches
@@ -176,7 +176,7 @@ def graphs_on_cpu():
         return capture_on_cpu(graphs, places)
 
     allowed = [
-        patched(script, 'check_graphs', lambda *a: None) for script in (train_cls, train_gen)
+        patched(script, 'check_device', lambda *a: None) for script in (train_cls, train_gen)
     ]
     with allowed[0], allowed[1], patched(Graphs, 'capture', capture):
         yield shapes
@@ -238,9 +238,9 @@ def test_graphs_are_refused():
         flags.update(batch_tokens=None, device='cuda', dtype='fp32')
         args = SimpleNamespace(**{**flags, other: True})
         with patched(lib.graphs, 'pick_device', lambda *a: (torch.device('cuda'), None, '')):
-            raises(UserError, check_graphs, args, match=f'--{other}')
+            raises(UserError, check_device, args, match=f'--{other}')
             args.cuda_graphs = False
-            check_graphs(args)
+            check_device(args)
 
 
 def plan_of(lengths, max_steps, epochs, **flags):
