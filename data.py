@@ -147,7 +147,8 @@ def load(
         left = 'give other rows' if both > len(rows[held]) // 2 else 'left as they are'
         if both:
             notes.append(f'{counted(both, f"{held} text")} also in train ({left})')
-        if without := [label for label in labels if label not in {x for _, x in rows[held]}]:
+        found = {label for _, label in rows[held]}
+        if without := [label for label in labels if label not in found]:
             notes.append(f'no {held} row of {listing(without)}: nothing is known of it there')
     ids = {label: i for i, label in enumerate(labels)}
 

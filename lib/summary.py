@@ -17,13 +17,13 @@ def describe(args, ds, train, cfg, place, notes=()):
     device, dtype, reason = place
     counts = np.bincount(ds.train.y, minlength=len(ds.labels))
     rows = ', '.join(f'{label} {n}' for label, n in zip(ds.labels, counts))
-    longer = 100 * np.mean(train.lengths > args.max_length)
-    cut = f'the training texts are longer than {counted(args.max_length, "token")}; of these the '
-    cut += args.keep
+    longer, limit = 100 * np.mean(train.lengths > args.max_length), args.max_length
+    cut = f'{longer:.1f} % of the training texts are longer than {counted(limit, "token")}; '
+    cut += f'of these the {args.keep} {limit} are read'
     return [
         f'{args.data}: {rows} training rows; {len(ds.val.y)} validation, {len(ds.test.y)} test',
         *(f'  {note}' for note in (*ds.notes, *notes)),
-        *[f'{longer:.1f} % of {cut} {args.max_length} are read'] * bool(longer),
+        *[cut] * bool(longer),
         *(f'  {note}' for note in cut_note(train.lengths, args.max_length)),
         f'{args.model}{" (random weights)" if args.scratch else ""}: {cfg}',
         f'{device}, matmuls in {str(dtype)[6:]}: {reason}',
