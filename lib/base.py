@@ -22,9 +22,8 @@ def build_model(args, num_labels=0):
     if not args.scratch:
         if num_labels:
             note_dropped_head(args)
-        trains = args.method != 'zero_shot'
+        kw = dict(new_head=args.method != 'zero_shot', data_dir=args.data_dir)
         try:
-            kw = dict(new_head=trains, data_dir=args.data_dir)
             return GPT.from_pretrained(args.model, num_labels, **kw)
         except files.Unavailable as e:
             raise files.Unavailable(f'{e}; --scratch starts from random weights') from None

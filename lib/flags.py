@@ -22,7 +22,7 @@ DTYPES = (*TRAINING_DTYPES, 'int8')  # of eval.py and predict.py
 LR = dict(lora=1e-3, head=1e-3, last=1e-4, full=3e-5, adapter=1e-3, prompt=3e-2)
 LR.update(prefix=3e-5, pretrain=3e-5)
 LR_SCRATCH, LR_NANO = 3e-4, dict(cls=3e-3, gen=6e-3)  # nano: LoRA on the demo's small model
-STEPS, STEPS_NANO = 800, dict(cls=400, gen=600)  # nano: LoRA on it, where 800 gain little
+STEPS, STEPS_NANO = 800, dict(cls=300, gen=600)  # nano: LoRA on it, where more gain little
 # every matrix of a block: better than attention alone at the same number of parameters
 TARGETS = 'c_attn,attn.c_proj,c_fc,mlp.c_proj'
 
@@ -166,9 +166,7 @@ def opening_flags(p):
     text = 'the base model, if it was moved (default: where the run found it)'
     add('--base', text, cli.folder, metavar='DIR')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
-    text = (
-        'matmul precision; auto: the fastest native one (eval.py: fp32 if the run was tested in it)'
-    )
+    text = 'matmul precision; auto: the fastest native one, of eval.py fp32 if tested in it'
     add('--dtype', text, DTYPES, 'auto')
     add('--plain', 'run the plain model, without lib/fast.py', bool)
     text = 'read long texts whole, in overlapping windows (default: --max_length tokens of them)'

@@ -11,6 +11,14 @@ from lib.peft import adapter_tensors, peft_config
 from model import SHAPES
 
 
+def no_run(path):
+    """What is wrong with a folder without run.json."""
+    advice = f'train one with train_cls.py or train_gen.py --out {shlex.quote(path)}'
+    if os.path.isfile(os.path.join(path, 'resume.pt')):
+        advice = 'its training was interrupted before anything was saved; go on with --resume'
+    return f'{path} is not a run folder: it has no run.json ({advice})'
+
+
 def elsewhere(path, moved=None):
     """What run.json would say of a folder that transformers or PEFT wrote (moved: the base model of
     an adapter, if not the one that it names). Raises UserError if it
@@ -22,11 +30,8 @@ def elsewhere(path, moved=None):
         method, base, head = 'full', path, 'score.weight'
         tensors = read_checkpoint(path, config)
     else:
-        advice = f'train one with train_cls.py or train_gen.py --out {shlex.quote(path)}'
-        raise UserError(
-            f'{path} is not a run folder: it has no run.json ({advice}), and no config.json or '
-            'adapter_config.json of transformers or PEFT'
-        )
+        kinds = 'config.json or adapter_config.json of transformers or PEFT'
+        raise UserError(f'{no_run(path)}, and no {kinds}')
     rows = len(tensors[head]) if head in tensors and tensors[head].dim() else 2
     labels, of_base = named_classes(path), named_classes(base)
     if not labels:  # users of PEFT have the names from the base

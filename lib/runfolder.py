@@ -14,7 +14,7 @@ from lib.blocks import has_hooks
 from lib.checkpoints import NAMES
 from lib.files import UserError
 from lib.flags import METHODS, POOLS
-from lib.foreign import elsewhere
+from lib.foreign import elsewhere, no_run
 from lib.peft import add_filled, extras, fill, load_peft, peft_names, save_peft
 from lib.tensors import load_safetensors, save_safetensors
 from lib.textfiles import is_encoding, is_separator
@@ -154,10 +154,7 @@ def read_run(path):
     """run.json of a run folder, checked. Raises UserError if the folder holds no classifier."""
     record = os.path.join(path, 'run.json')
     if not os.path.isfile(record):
-        advice = f'train one with train_cls.py or train_gen.py --out {shlex.quote(path)}'
-        if os.path.isfile(os.path.join(path, 'resume.pt')):
-            advice = 'its training was interrupted before anything was saved; resume it: --resume'
-        raise UserError(f'{path} is not a run folder: it has no run.json ({advice})')
+        raise UserError(no_run(path))
     info = files.read_json(record)
     if isinstance(info, dict) and info.get('kind') == 'lm':
         advice = f'train one on top of it with --model {shlex.quote(path)}'

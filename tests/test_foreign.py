@@ -468,3 +468,9 @@ def test_gen_files_open_in_transformers_and_peft():
                 ]
                 assert os.path.isdir(named)
                 assert base_sha256(named) == base_sha256(os.path.join(out, 'base'))
+
+
+def test_an_interrupted_run_says_how_to_go_on():
+    folder = tmp()
+    open(os.path.join(folder, 'resume.pt'), 'wb').close()
+    raises(UserError, open_run, folder, match='go on with --resume')
