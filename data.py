@@ -21,7 +21,7 @@ from lib import cli, demo, flags, oddities, published, tables
 from lib.files import UserError
 from lib.report import counted, listing
 from lib.tables import GUESSED, Format
-from lib.tokens import tokenize, tokenizer
+from lib.tokens import even_pieces, tokenize, tokenizer
 
 WINDOW = 100  # batches sorted by length together: 2.4 % padding on SST-2 at 16 (50: 4.4, 25: 8.1)
 
@@ -49,8 +49,7 @@ READERS.update(sms=published.sms, demo=published.demo_rows)
 
 
 def named(name):
-    """A type for the parser: a name of READERS, which no file or folder hides, or an absolute
-    path."""
+    """A type for the parser: a name of READERS, which no file hides, or an absolute path."""
     return name if name in READERS else cli.absolute(name)
 
 
@@ -228,27 +227,6 @@ def carve(split, rows, n, labels, rng, notes):
         note += f'; {dropped:,} of them dropped, as their text is also in train'
     notes.append(note)
     return kept, rest
-
-
-def piece_starts(lengths, limit):
-    """Rows of ascending lengths (n,), cut into pieces of at most `limit` tokens, padding included;
-    a longer row is a piece of its own. -> first row of each piece"""
-    starts = [0]
-    for i, n in enumerate(lengths.tolist()):
-        if i > starts[-1] and (i + 1 - starts[-1]) * n > limit:
-            starts.append(i)
-    return starts
-
-
-def even_pieces(lengths, limit):
-    """piece_starts with the lowest limit that gives no more pieces: else the last piece could be a
-    single row, and count as a whole step."""
-    count, low, high = len(piece_starts(lengths, limit)), 0, limit
-    while high - low > max(1, limit // 100):
-        middle = (low + high) // 2
-        fits = len(piece_starts(lengths, middle)) <= count
-        low, high = (low, middle) if fits else (middle, high)
-    return piece_starts(lengths, high)
 
 
 def batches(lengths, batch_size, seed, epoch, tokens=None):

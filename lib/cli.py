@@ -46,8 +46,7 @@ def run(main):
 
 
 def command(name, *words):
-    """-> a line that can be pasted into a shell, in this folder: a script of ours, or the path of
-    one, and its words."""
+    """-> a line to paste into a shell, in this folder: a script of ours, or a path, and words."""
     folder, script = os.path.split(os.path.join(TOP, name))
     if os.path.realpath(os.getcwd()) != os.path.realpath(folder):
         script = f'{folder}/{script}'

@@ -159,10 +159,9 @@ def system_flags(p):
 
 
 def opening_flags(p):
-    """How eval.py and predict.py open runs and read texts."""
-    add = group(p, 'system')
-    text = "search here before the cache (default: the run's --data_dir, then $NANOCLS_DATA)"
-    add('--data_dir', text, metavar='DIR')
+    """Flags of eval.py and predict.py."""
+    add = group(p, 'how runs are opened and texts read')
+    add('--data_dir', "search here before the cache (default: the run's)", metavar='DIR')
     text = 'the base model, if it was moved (default: where the run found it)'
     add('--base', text, cli.folder, metavar='DIR')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')

@@ -96,16 +96,15 @@ def notes(model, method, pool='last'):
 def only_here(model):
     """Names of the classes, replaced methods and hooks of a model that an opened one will not have,
     because they are neither in model.py nor in lora.py."""
-    found = {}
+    found = []
     for name, m in model.named_modules():
         kind, name = type(m), re.sub(r'\bh\.\d+', 'h.*', name) or 'model'
         ours = any(getattr(module, kind.__name__, None) is kind for module in (gpt2, lora))
         if not ours and not shipped.of_torch(kind):
-            found[f'{kind.__module__}.{kind.__name__}'] = True
-        replaced = [n for n in vars(m) if callable(getattr(kind, n, None))]
-        found.update(dict.fromkeys(f'{name}.{n}' for n in replaced))
-        found.update({f'a hook of {name}': True} if has_hooks(m) else {})
-    return list(found)
+            found.append(f'{kind.__module__}.{kind.__name__}')
+        found += [f'{name}.{n}' for n in vars(m) if callable(getattr(kind, n, None))]
+        found += [f'a hook of {name}'] * has_hooks(m)
+    return list(dict.fromkeys(found))
 
 
 def load_cls(path, info, data_dir=None, moved=None):
@@ -144,10 +143,11 @@ def precision(path, info):
     """The name of the torch.dtype in which eval_results.json of a run was computed; None if that is
     not known."""
     try:
-        return files.read_object(os.path.join(path, 'eval_results.json')).get('dtype')
+        recorded = files.read_object(os.path.join(path, 'eval_results.json')).get('dtype')
     except UserError:  # missing or damaged
-        names = dict(fp32='float32', bf16='bfloat16', fp16='float16')  # of --dtype
-        return names.get(info['args'].get('dtype'))
+        recorded = None
+    names = dict(fp32='float32', bf16='bfloat16', fp16='float16')  # of --dtype
+    return recorded or names.get(info['args'].get('dtype'))
 
 
 def read_run(path):

@@ -19,6 +19,7 @@ from lib.files import UserError
 from lib.matrices import packing
 from lib.metrics import softmax
 from lib.peft import apart, load_peft
+from lib.report import counted
 from lib.runfolder import info_of, load_cls, precision
 from lib.tokens import cut_note, listed, tokenize, tokenizer, tokenizer_name
 from lib.versions import note_edits
@@ -113,8 +114,11 @@ class Run:
         """front: positions that are neither a text's nor the model's own prompt."""
         self.path, self.info, self.labels, self.args = path, info, info['labels'], info['args']
         taken = front + (0 if model.prompt is None else model.prompt.shape[-2])
-        room = model.cfg.block_size - taken
-        length = min(self.args['max_length'] or room, room)  # None in a folder from elsewhere
+        length, room = self.args['max_length'], model.cfg.block_size - taken
+        if self.kind == 'gen' and length > room:
+            problem = f'max_length {length} does not fit, the model has room for'
+            raise UserError(f'{path}/run.json: {problem} {counted(room, "token")} of a text')
+        length = min(length or room, room)  # None in a folder from elsewhere
         self.args['max_length'] = model.pad_to = length
         model.pooling = self.args.get('pool', 'last')
         self.device, self.dtype, self.reason = how.device, how.dtype, how.reason

@@ -156,3 +156,24 @@ def read_cached(path, n, n_vocab):
         return Tokens(flat, starts) if valid else None
     except Exception:  # numpy raises many types for a damaged file
         return None
+
+
+def piece_starts(lengths, limit):
+    """Rows of ascending lengths (n,), cut into pieces of at most `limit` tokens, padding included;
+    a longer row is a piece of its own. -> first row of each piece"""
+    starts = [0]
+    for i, n in enumerate(lengths.tolist()):
+        if i > starts[-1] and (i + 1 - starts[-1]) * n > limit:
+            starts.append(i)
+    return starts
+
+
+def even_pieces(lengths, limit):
+    """piece_starts with the lowest limit that gives no more pieces: else the last piece could be a
+    single row, and count as a whole step."""
+    count, low, high = len(piece_starts(lengths, limit)), 0, limit
+    while high - low > max(1, limit // 100):
+        middle = (low + high) // 2
+        fits = len(piece_starts(lengths, middle)) <= count
+        low, high = (low, middle) if fits else (middle, high)
+    return piece_starts(lengths, high)

@@ -15,11 +15,11 @@ import torch
 import torch.nn as nn
 from torch.utils.checkpoint import checkpoint
 
-import data
 from lib import files, ranks
 from lib.files import UserError
 from lib.progress import clock, columns, fitting
 from lib.report import counted
+from lib.tokens import piece_starts
 
 
 class Plan:
@@ -72,7 +72,7 @@ class Plan:
         """Rows of a step -> this rank's, in --grad_accum parts of like length, and the factor of
         their loss (ranks.rank_part)."""
         rows = rows[np.argsort(self.lengths[rows])]
-        starts = data.piece_starts(self.lengths[rows], self.tokens) if self.tokens else [0]
+        starts = piece_starts(self.lengths[rows], self.tokens) if self.tokens else [0]
         shares = [ranks.rank_part(piece) for piece in np.split(rows, starts[1:])]
         shares = [share for share in shares if share[1]] or shares[:1]
         own, factor = shares[0]

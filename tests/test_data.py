@@ -8,12 +8,11 @@ import numpy as np
 
 import data
 import lib.files
-from data import even_pieces, piece_starts
 from lib.files import UserError, cached, read_json
 from lib.rundata import own_data
 from lib.runs import open_run
 from lib.tables import Format
-from lib.tokens import Tokens, tokenize, tokenizer
+from lib.tokens import Tokens, even_pieces, piece_starts, tokenize, tokenizer
 from tests.helpers import (
     TINY,
     environment,

@@ -524,6 +524,9 @@ def test_precision_of_the_final_test():
         assert 'cpu, float32' in text and read_json(path) == want and 'note' not in err
         run_eval([run, '--dtype', 'bf16'])
         assert read_json(path) == want
+        write_json(path, {k: v for k, v in want.items() if k != 'dtype'})  # of an older run
+        run_eval([run])
+        assert read_json(path) == want
         write_json(path, dict(want, dtype='float16', accuracy=0.1234))
         text, err = run_eval([run])
         assert 'cpu, bfloat16' in text and 'keeps the results of float16' in err, err

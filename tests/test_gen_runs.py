@@ -315,3 +315,13 @@ def test_gen_runs_beside_discriminative_ones():
     assert len(numbers['runs']) == 3 and numbers['runs'][1]['accuracy'] == want
     assert 'uncalibrated' not in numbers['runs'][0] and "McNemar's test" in text
     assert read_log(os.path.join(gen_run('lora'), 'log.jsonl'))['val_loss']
+
+
+def test_texts_that_do_not_fit_are_refused():
+    """A run.json of other hands asks for more tokens than the model has positions."""
+    out = copied(gen_run('lora'))
+    path = os.path.join(out, 'run.json')
+    info = read_json(path)
+    info['args']['max_length'] = 5000
+    write_json(path, info)
+    raises(UserError, open_run, out, match='max_length 5000 does not fit')

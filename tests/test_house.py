@@ -18,7 +18,7 @@ FUNCTION, MAIN, LOOP, LINE = 60, 120, 40, 100
 KNOW_MODEL = set(
     """answers base blocks classes explain export fast foreign frozen genflags genrun gpubench init
     int8 onnxpeers packed page peers peft repeat rundata runfolder runs scoring
-    shipped sides training versions vocabulary windows workload""".split()
+    shipped sides versions vocabulary windows workload""".split()
 )
 # rooms of bench.py, counted with it
 BENCH = {'gpubench', 'measure', 'onnxpeers', 'peers', 'sides', 'workload'}
