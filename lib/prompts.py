@@ -10,8 +10,8 @@ NEWS['Sci/Tech'] = 'Science and technology news:\n'
 MESSAGES = dict(ham='A text message from a friend:\n', spam='An advertising text message:\n')
 PROMPTS = dict(sst2=REVIEWS, imdb=REVIEWS, agnews=NEWS, sms=MESSAGES)
 SENTIMENT = dict(negative='\nSentiment: negative', positive='\nSentiment: positive')
-TOPICS = dict(World='world', Sports='sports', Business='business')
-TOPICS = {label: f'\nTopic: {word}' for label, word in {**TOPICS, 'Sci/Tech': 'technology'}.items()}
+TOPICS = dict(World='\nTopic: world', Sports='\nTopic: sports', Business='\nTopic: business')
+TOPICS['Sci/Tech'] = '\nTopic: technology'
 SOURCES = dict(ham='\nThis message is from a friend', spam='\nThis message is spam')
 ANSWERS = dict(sst2=SENTIMENT, imdb=SENTIMENT, agnews=TOPICS, sms=SOURCES)
 
