@@ -11,16 +11,15 @@ import zlib
 from lib.files import UserError
 
 KINDS = ('.csv', '.tsv', '.jsonl')
-SHEET = 'save it as "CSV UTF-8" in your spreadsheet'
-UNPACK = 'unpack it, or compress it with gzip'
-ADVICE = {'.xlsx': SHEET, '.xls': SHEET, '.ods': SHEET, '.zip': UNPACK, '.bz2': UNPACK}
-ADVICE.update({'.xz': UNPACK, '.zst': UNPACK})
 TO_CSV = "with pandas: read_parquet(FILE).to_csv('data.csv', index=False)"
-ADVICE['.parquet'] = f'convert it to CSV, {TO_CSV}'
 TO_JSONL = "with pandas: read_json(FILE).to_json('data.jsonl', orient='records', lines=True)"
+ADVICE = dict.fromkeys(('.xlsx', '.xls', '.ods'), 'save it as "CSV UTF-8" in your spreadsheet')
+ADVICE.update(dict.fromkeys(('.zip', '.bz2', '.xz', '.zst'), 'unpack it, or compress it with gzip'))
+ADVICE['.parquet'] = f'convert it to CSV, {TO_CSV}'
 ADVICE['.json'] = f'name it .jsonl if it has an object per line, else convert it, {TO_JSONL}'
-MARKS = {b'\xff\xfe\0\0': 'utf-32', b'\0\0\xfe\xff': 'utf-32'}
-MARKS.update({b'\xff\xfe': 'utf-16', b'\xfe\xff': 'utf-16'})
+# UTF-32 first: its little-endian mark begins with that of UTF-16
+MARKS = dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), 'utf-32')
+MARKS.update(dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), 'utf-16'))
 
 
 def kind_of(path):
