@@ -24,15 +24,11 @@ def prompts_of(args, labels):
         return {label: known.get(label, plain.format(label)) for label in labels}
     prompts = files.read_json(args.prompts)
     if not isinstance(prompts, dict) or not all(isinstance(p, str) and p for p in prompts.values()):
-        shape = '{"class": "text", ...}'
-        raise UserError(
-            f'--prompts {args.prompts}: needs a JSON object, a prompt per class: {shape}'
-        )
+        why = 'needs a JSON object, a prompt per class: {"class": "text", ...}'
+        raise UserError(f'--prompts {args.prompts}: {why}')
     unknown = [label for label in prompts if label not in labels]
     missing = [label for label in labels if label not in prompts]
     if unknown or missing:
-        problem = (
-            f'{unknown[0]!r} is no class of the data' if unknown else f'{missing[0]!r} is missing'
-        )
-        raise UserError(f'--prompts {args.prompts}: {problem}; the classes are {", ".join(labels)}')
+        why = f'{unknown[0]!r} is no class of the data' if unknown else f'{missing[0]!r} is missing'
+        raise UserError(f'--prompts {args.prompts}: {why}; the classes are {", ".join(labels)}')
     return prompts
