@@ -19,7 +19,7 @@ import numpy as np
 
 from lib import cli, demo, flags, oddities, published, tables
 from lib.files import UserError
-from lib.report import counted, listing
+from lib.report import counted
 from lib.tables import GUESSED, Format
 from lib.tokens import even_pieces, tokenize, tokenizer
 
@@ -122,8 +122,7 @@ def load(
     one_pool = 'test' not in rows
     if one_pool:
         train = list(dict.fromkeys(train))  # equal rows must not be on both sides of the split
-        dropped = len(rows['train']) - len(train)
-        if dropped:
+        if dropped := len(rows['train']) - len(train):
             notes.append(f'{counted(dropped, "exact duplicate")} dropped')
     if balance:
         n, before = min(count(train, labels)), len(train)
@@ -140,15 +139,8 @@ def load(
     if max_samples:
         train = [train[i] for i in sample(train, labels, [max_samples] * len(labels), rng)]
         notes.append(f'train cut to at most {counted(max_samples, "row")} per class')
-    texts = {text for text, _ in train}
     for held in ('test', 'val'):
-        both = sum(text in texts for text, _ in rows[held])
-        left = 'give other rows' if both > len(rows[held]) // 2 else 'left as they are'
-        if both:
-            notes.append(f'{counted(both, f"{held} text")} also in train ({left})')
-        found = {label for _, label in rows[held]}
-        if without := [label for label in labels if label not in found]:
-            notes.append(f'no {held} row of {listing(without)}: nothing is known of it there')
+        notes += oddities.of_held_out(held, rows[held], train, labels)
     ids = {label: i for i, label in enumerate(labels)}
 
     def split(part):
@@ -170,9 +162,8 @@ def load_texts(
         d = load(name, seed, data_dir, val, test, form, max_samples, balance)
         train = demo.unlabelled(max_samples or 20000) if name == 'demo' else d.train.texts
         return train, d.val.texts, d.notes
-    unused = {**form._replace(encoding=None)._asdict(), 'val': val, 'test': test}
-    unused['balance'] = balance
-    for flag in [flag for flag, value in unused.items() if value]:
+    unused = dict(form._replace(encoding=None)._asdict(), val=val, test=test, balance=balance)
+    if flag := next((flag for flag, value in unused.items() if value), None):
         raise UserError(f'--{flag} does nothing with {name}, which is read line by line')
     texts = list(dict.fromkeys(t for _, t in tables.read_rows(name, form) if t.strip()))
     order = np.random.RandomState(seed % 2**32).permutation(len(texts))

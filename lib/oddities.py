@@ -1,30 +1,27 @@
-"""What is odd about the rows of a user's own files: one note each, nothing is changed. Called by
-data.py."""
+"""What is odd about a data set's rows: one note each, nothing is changed. Called by data.py."""
 
 import collections
 import re
 
-from lib.report import counted
+from lib.report import counted, listing
 
 NO_LABELS = ('nan', 'none', 'null', 'n/a', 'na')  # what programs write for a missing value
 MANY = 20  # numbers as class names: ratings have fewer
 
 
 def notes(rows, labels):
-    """rows: {split: [(text, label)]}, labels in order -> notes"""
+    """Of a user's own files. rows: {split: [(text, label)]}, labels in order -> notes"""
     every = [row for split in rows.values() for row in split]
     return [*of_texts(every), *of_labels(every, labels)]
 
 
 def of_texts(rows):
-    empty = sum(not text.strip() for text, _ in rows)
-    if empty:
+    if empty := sum(not text.strip() for text, _ in rows):
         yield f'{empty:,} {"text is" if empty == 1 else "texts are"} empty'
     by_text = collections.defaultdict(set)
     for text, label in rows:
         by_text[text].add(label)
-    torn = [text for text, found in by_text.items() if len(found) > 1 and text.strip()]
-    if torn:
+    if torn := [text for text, found in by_text.items() if len(found) > 1 and text.strip()]:
         first, several = torn[0], 'text has' if len(torn) == 1 else 'texts have'
         shown = first[:40] + '...' * (len(first) > 40)
         names = ', '.join(map(repr, sorted(by_text[first])[:4]))
@@ -48,3 +45,14 @@ def of_labels(rows, labels):
     if len(numbers) == len(labels) and (fractions or len(numbers) > MANY):
         why = 'each is a class of its own, and no number is predicted'
         yield f'the {len(labels):,} labels look like numbers: {why}'
+
+
+def of_held_out(split, rows, train, labels):
+    """The rows of 'val' or 'test' beside those of train."""
+    texts = {text for text, _ in train}
+    if both := sum(text in texts for text, _ in rows):
+        left = 'give other rows' if both > len(rows) // 2 else 'left as they are'
+        yield f'{counted(both, f"{split} text")} also in train ({left})'
+    found = {label for _, label in rows}
+    if without := [label for label in labels if label not in found]:
+        yield f'no {split} row of {listing(without)}: nothing is known of it there'
