@@ -67,30 +67,28 @@ def imdb(data_dir):
     path = download.find('imdb/aclImdb*.tar.gz', data_dir) or download.download(
         IMDB_URLS, files.cached('imdb/aclImdb_v1.tar.gz'), md5='7c2ac02c03563afcf9b574c7e56c153a'
     )
-    stat, splits = os.stat(path), ('train', 'test')
+    stat = os.stat(path)
     # reading the rows takes 0.5 s, the archive 6 s
     parsed = files.cached(f'imdb/rows-{stat.st_size}-{stat.st_mtime_ns}.json')
     try:
         with open(parsed, encoding='utf-8') as f:
             rows = json.load(f)
-        rows = {s: [(text, label) for text, label in rows[s]] for s in splits}
-        every = [row for s in splits for row in rows[s]]
+        rows = {s: [(text, label) for text, label in rows[s]] for s in ('train', 'test')}
+        every = [*rows['train'], *rows['test']]
         valid = all(isinstance(text, str) and label in POLARITY for text, label in every)
         if valid and all(rows.values()):
             return rows, POLARITY
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         pass  # missing or damaged: rebuilt
-    rows = {s: [] for s in splits}
-    for _, split, text, label in imdb_reviews(path):
-        rows[split].append((text, label))
+    rows = imdb_rows(path)
     with files.optional():
         files.write_atomic(parsed, json.dumps(rows), every_rank=True)
     return rows, POLARITY
 
 
-def imdb_reviews(path):
-    """-> [(name, split, text, label)] of the archive, in the order of the names"""
-    reviews, why = [], 'it lacks train or test reviews'
+def imdb_rows(path):
+    """The rows of the archive, in the order of its file names."""
+    found = dict(train=[], test=[])
     try:
         with gzip.open(path) as f:
             reader = download.LimitedReader(f, download.MAX_UNPACKED)
@@ -101,15 +99,15 @@ def imdb_reviews(path):
                     if hit and m.isfile() and not m.issparse() and m.size <= download.MAX_MEMBER:
                         text = files.decode(tar.extractfile(m).read(), f'{path}, {m.name}')
                         text, label = text.replace('<br />', '\n'), POLARITY[hit[2] == 'pos']
-                        reviews.append((m.name, hit[1], text, label))
+                        found[hit[1]].append((m.name, text, label))
+        if not all(found.values()):
+            raise ValueError('it lacks train or test reviews')
     except UserError:
         raise
     except Exception as e:  # tarfile raises a dozen types for a broken file
-        reviews, why = [], e
-    if {split for _, split, _, _ in reviews} != {'train', 'test'}:
-        text = f'is not the published archive ({why}); remove it to have it downloaded again'
-        raise UserError(f'{path} {text}')
-    return sorted(reviews)
+        text = f'is not the published archive ({e}); remove it to have it downloaded again'
+        raise UserError(f'{path} {text}') from None
+    return {s: [(text, label) for _, text, label in sorted(found[s])] for s in found}
 
 
 def sms(data_dir):
