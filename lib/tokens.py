@@ -85,10 +85,8 @@ class Tokens:
 def listed(texts):
     """Texts as a list. Raises TypeError, which names the place, for anything but strings."""
     if isinstance(texts, (str, bytes)):
-        kind = type(texts).__name__
-        raise TypeError(
-            f'a list of strings is needed, not one {kind}: put it into brackets, [text]'
-        )
+        why = f'a list of strings is needed, not one {type(texts).__name__}'
+        raise TypeError(f'{why}: put it into brackets, [text]')
     texts = list(texts)
     for i, text in enumerate(texts):
         if not isinstance(text, str):
