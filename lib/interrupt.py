@@ -24,9 +24,9 @@ class Interrupt:
     def note(self, signum, frame):
         """Signal handler. A second Ctrl-C ends at once; not under torchrun, which passes on every
         signal that its processes have seen already."""
-        if self.requested and ranks.world_size() == 1:
-            raise KeyboardInterrupt
         if self.requested:
+            if ranks.world_size() == 1:
+                raise KeyboardInterrupt
             return
         self.requested = True
         what = 'stopping the evaluation' if self.evaluating else 'finishing this step'
@@ -85,8 +85,8 @@ def memory_advice(args):
         elif not tokens and args.batch_size > 1:
             smaller = f'--batch_size {args.batch_size // 2} --grad_accum {2 * args.grad_accum}'
             smaller += '' if args.batch_size % 2 else ' (the same steps)'
-        again = '' if args.gradient_checkpointing or args.method == 'head' else ', or'
-        again += ' --gradient_checkpointing' if again else ''
+        if not args.gradient_checkpointing and args.method != 'head':
+            smaller += ', or --gradient_checkpointing'
         where = f'--batch_tokens {tokens}' if tokens else f'--batch_size {args.batch_size}'
         where += f' and --max_length {args.max_length}'
-        raise UserError(f'out of memory at {where}: try {smaller}{again}') from None
+        raise UserError(f'out of memory at {where}: try {smaller}') from None
