@@ -46,16 +46,15 @@ def is_encoding(name):
 
 def is_separator(sep):
     """Can this character separate the fields of a table?"""
-    return (
-        isinstance(sep, str) and len(sep) == 1 and (sep == '\t' or sep.isprintable() and sep != '"')
-    )
+    one = isinstance(sep, str) and len(sep) == 1
+    return one and (sep == '\t' or sep.isprintable() and sep != '"')
 
 
 @contextlib.contextmanager
 def opened(path, encoding=None, spare=None, newline=''):
     """Inside: the text of a file, packed by gzip if it is called *.gz. encoding: default UTF-8, or
-    `spare` if the file is not UTF-8. Raises UserError with the line of a byte that cannot be
-    decoded."""
+    `spare` if the file is not UTF-8. newline: as of open(); by default all line ends stay as they
+    are, also inside quotes. Raises UserError with the line of a byte that cannot be decoded."""
     if spare and not encoding and not is_utf8(path):
         encoding = spare
     if encoding and not is_encoding(encoding):
