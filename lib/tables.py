@@ -116,9 +116,9 @@ def is_consistent(head, sep):
 
 def json_rows(f, path):
     """Yield ('path, line N', {key: value}) of each line that is not blank."""
-    for i, line in enumerate(f):
+    for i, line in enumerate(f, 1):
         if line.strip():
-            where = f'{path}, line {i + 1}'
+            where = f'{path}, line {i}'
             try:
                 row = files.parse_json(line)
             except ValueError as e:
@@ -130,18 +130,15 @@ def json_rows(f, path):
             yield where, row
 
 
-def rows_of(f, path, form, notes):
-    """Rows of an open .csv, .tsv or .jsonl file, as csv_rows and json_rows yield them."""
-    if kind_of(path) != '.jsonl':
-        return csv_rows(f, path, form, notes)
-    if form.sep:
-        raise UserError(f'--sep does nothing with {path}, a .jsonl file; leave it out')
-    return json_rows(f, path)
-
-
-def open_as(path, form, newline=''):
-    """A user's file, open in the encoding of form."""
-    return opened(path, form.encoding, form.like and form.like.encoding, newline)
+def rows_of(path, form, notes):
+    """Yield ('path, line N', {column: field}) of each row of a .csv, .tsv or .jsonl file."""
+    with opened(path, form.encoding, form.like and form.like.encoding) as f:
+        if kind_of(path) != '.jsonl':
+            yield from csv_rows(f, path, form, notes)
+        elif form.sep:
+            raise UserError(f'--sep does nothing with {path}, a .jsonl file; leave it out')
+        else:
+            yield from json_rows(f, path)
 
 
 def read_table(path, form=GUESSED, notes=None):
@@ -152,8 +149,7 @@ def read_table(path, form=GUESSED, notes=None):
     if kind_of(path) not in KINDS:
         known = 'a .csv, .tsv or .jsonl file, plain or compressed (.csv.gz)'
         raise UserError(f'{path}: expected {known}')
-    with open_as(path, form) as f:  # line ends inside quotes stay as they are
-        table = list(rows_of(f, path, form, notes))
+    table = list(rows_of(path, form, notes))
     if not table:
         below = '' if kind_of(path) == '.jsonl' else ' below a header'
         raise UserError(f'{path} is empty: it has no rows; add some{below}')
@@ -188,17 +184,18 @@ def read_rows(path, form=GUESSED):
     """Yield ({column: field}, text) of a file, one by one: the text column of .csv / .tsv, the text
     key of .jsonl; every line of any other file as ({'text': line}, line)."""
     refuse_other(path)
-    text_cols, tabular = None, kind_of(path) in KINDS
-    with open_as(path, form, '' if tabular else None) as f:
-        if not tabular:
-            if flag := next((n for n in ('text_col', 'sep') if getattr(form, n)), None):
-                raise UserError(f'--{flag} does nothing with {path}, a text per line; leave it out')
-            lines = (line.rstrip('\n') for line in f)
-            yield from (({'text': line}, line) for line in lines)
-            return
-        for where, row in rows_of(f, path, form, []):
+    if kind_of(path) in KINDS:
+        text_cols = None
+        for where, row in rows_of(path, form, []):
             text_cols = text_cols or only_text(where, row, form)
             yield row, text_of(where, row, text_cols)
+        return
+    with opened(path, form.encoding, form.like and form.like.encoding, newline=None) as f:
+        if flag := next((n for n in ('text_col', 'sep') if getattr(form, n)), None):
+            raise UserError(f'--{flag} does nothing with {path}, a text per line; leave it out')
+        for line in f:
+            text = line.rstrip('\n')
+            yield {'text': text}, text
 
 
 def only_text(where, columns, form):
