@@ -158,7 +158,7 @@ def read_table(path, form=GUESSED, notes=None):
     for where, r in table:
         y = r.get(label_col)
         y = json.dumps(y) if isinstance(y, int) else y  # 1 -> '1', True -> 'true'
-        if y is None or y == '' or isinstance(y, str) and not y.strip():
+        if y is None or isinstance(y, str) and not y.strip():
             missing.append(where)
         elif not isinstance(y, str):
             raise UserError(f'{where}: the label {label_col!r} is no string or whole number')
@@ -168,7 +168,8 @@ def read_table(path, form=GUESSED, notes=None):
         why = f'is missing, as in {len(missing):,} of {len(table):,} rows'
         hint = 'complete them' + ', or add --drop_unlabelled' * (not form.drop_unlabelled)
         raise UserError(f'{missing[0]}: the label {label_col!r} {why}; {hint}')
-    notes += [f'{counted(len(missing), "row")} of {path} without a label dropped'] * bool(missing)
+    if missing:
+        notes.append(f'{counted(len(missing), "row")} of {path} without a label dropped')
     return rows, form._replace(text_col=text_col, label_col=label_col)
 
 
@@ -237,27 +238,28 @@ def pick_columns(path, table, form):
     """-> text column, label column: those asked for; else those of form.like; else those with a
     usual name; else, of two columns, the one with fewer values is the label."""
     columns = list({col: None for _, row in table for col in row})  # of .jsonl all rows'
-    names = f'it has {", ".join(map(repr, columns))}'
-    have = f'{names}; name two of them with --text_col and --label_col'
+    have = (
+        f'it has {", ".join(map(repr, columns))}; name two of them with --text_col and --label_col'
+    )
     asked = parts(form.text_col, columns) if form.text_col else []
     for col in (*asked, form.label_col):
         if col and col not in columns:
             raise UserError(f'{path} has no column {col!r}: {have}')
-    t, y = form.text_col, form.label_col
-    t = t or remembered(columns, form, 'text_col')
-    y = y or remembered(columns, form, 'label_col')
+    t = form.text_col or remembered(columns, form, 'text_col')
+    y = form.label_col or remembered(columns, form, 'label_col')
     t = t or usual([c for c in columns if c != y], TEXT_NAMES)
     y = y or usual([c for c in columns if not t or c not in parts(t, columns)], LABEL_NAMES)
     named = [c for i, c in enumerate(columns, 1) if c != f'column {i}']
     if len(named) == 2 and not (t and y) and (not t or t in named):
-        values = [{str(r.get(c)) for _, r in table} for c in named]
         if not (t or y):
-            if any(c in v for c, v in zip(named, values)):
+            values = {c: {str(r.get(c)) for _, r in table} for c in named}
+            if any(c in values[c] for c in named):
                 why = 'seems to have no header: its first line looks like a row'
                 raise UserError(f'{path} {why}; put text,label above')
-            y = named[len(values[0]) >= len(values[1])]
-        other = named[named[0] == (t or y)]
-        t, y = t or other, y or other
+            first, second = named
+            y = first if len(values[first]) < len(values[second]) else second
+        t = t or next(c for c in named if c != y)
+        y = y or next(c for c in named if c != t)
     if not (t and y):
         which = 'label' if t else 'text'
         hint = 'if these are no names, put names above the first row'
