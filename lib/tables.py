@@ -269,19 +269,26 @@ def pick_columns(path, table, form):
 
 def read_own(path, form=GUESSED, notes=None):
     """A user's file or folder -> {split: rows}, form with the columns that were read"""
-    paths = {} if os.path.isdir(path) else {'train': path}
-    for file in sorted(os.listdir(path)) if os.path.isdir(path) else ():
-        kind, stem = kind_of(file), os.path.splitext(re.sub(r'\.gz$', '', file.lower()))[0]
-        for split in STEMS:
-            if stem in STEMS[split] and (kind in KINDS or split == 'train' and kind in ADVICE):
-                if split in paths:
-                    both = f'{os.path.basename(paths[split])} and {file}'
-                    raise UserError(f'{path} has both {both}; keep one of them')
-                paths[split] = os.path.join(path, file)
-    if 'train' not in paths:
-        why = 'has no train.csv, train.tsv or train.jsonl'
-        raise UserError(f'{path} {why}; add one, or name a file')
+    paths = split_files(path) if os.path.isdir(path) else {'train': path}
     rows = {}
     for split in [s for s in STEMS if s in paths]:  # train first: the others use its columns
         rows[split], form = read_table(paths[split], form, notes)
     return rows, form
+
+
+def split_files(folder):
+    """{split: path} of the files of a folder that are called as a split is."""
+    found = {}
+    for file in sorted(os.listdir(folder)):
+        kind, stem = kind_of(file), os.path.splitext(file.lower().removesuffix('.gz'))[0]
+        for split in STEMS:
+            if stem in STEMS[split] and (kind in KINDS or split == 'train' and kind in ADVICE):
+                if split in found:
+                    raise UserError(
+                        f'{folder} has both {found[split]} and {file}; keep one of them'
+                    )
+                found[split] = file
+    if 'train' not in found:
+        why = 'has no train.csv, train.tsv or train.jsonl'
+        raise UserError(f'{folder} {why}; add one, or name a file')
+    return {split: os.path.join(folder, file) for split, file in found.items()}
