@@ -18,13 +18,12 @@ from lib.files import Unavailable, UserError
 MAX_MEMBER = 32 << 20  # bytes of one file in an archive: the largest in use has 4 MB
 MAX_UNPACKED = 1 << 30  # bytes of a whole archive, unpacked: several times IMDB's
 TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
-WEIGHTS = {f'gpt2{size}': 'openai-community' for size in ('', '-medium', '-large', '-xl')}
-WEIGHTS['distilgpt2'] = 'distilbert'
-HUB_NAMES = {name: f'{owner}/{name}' for name, owner in WEIGHTS.items()}
+SIZES = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+HUB_NAMES = {name: f'openai-community/{name}' for name in SIZES}
+HUB_NAMES['distilgpt2'] = 'distilbert/distilgpt2'
 SHORT = {full: name for name, full in HUB_NAMES.items()}
-GPT2 = dict(
-    size=548105171, sha256='248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'
-)
+GPT2 = dict(size=548105171)
+GPT2['sha256'] = '248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707'
 
 
 def find(rel, data_dir=None):
@@ -35,61 +34,60 @@ def find(rel, data_dir=None):
         name = '--data_dir' if data_dir else '$NANOCLS_DATA'
         raise UserError(f'there is no data folder {folder}; correct {name}')
     for place in filter(None, (folder, files.cache_dir())):
-        hits = sorted(glob.glob(os.path.join(glob.escape(place), rel)))
-        if hits:
+        if hits := sorted(glob.glob(os.path.join(glob.escape(place), rel))):
             return hits[0]
     return None
 
 
 def download(urls, dest, **checks):
-    """fetch_whole(), by one process at a time: the others take what it has downloaded."""
-    folder = os.path.dirname(dest)
-    files.make_folder(folder)
-    before = os.path.exists(dest)
-    with files.locked(folder, patience=3600):
-        if os.path.exists(dest) and not before:  # another process has downloaded it
-            return dest
-        return fetch_whole(urls, dest, **checks)
-
-
-def fetch_whole(urls, dest, **checks):
     """Download to dest, trying the addresses in order -> dest. A broken connection resumes where
     it stopped, in this run or the next (dest.part). checks: see intact(). Raises Unavailable."""
-    part, failures = dest + '.part', []
-
-    def part_size():
-        return os.path.getsize(part) if os.path.exists(part) else 0
-
-    try:
-        for url in urls:
-            have, resumed = -1, part_size() > 0
-            while part_size() > have:  # as long as each try brings something new
-                have = part_size()
-                try:
-                    fetch(url, part, have, checks.get('size'))
-                except (requests.RequestException, ValueError) as e:  # ValueError: a bad redirect
-                    why = reason(e)
-                    continue
-                if intact(part, **checks):
+    folder, part, failures = os.path.dirname(dest), dest + '.part', []
+    files.make_folder(folder)
+    with files.locked(folder, patience=3600):
+        if os.path.exists(dest):  # another process has downloaded it
+            return dest
+        try:
+            for url in urls:
+                why = fetch_from(url, part, checks)
+                if why is None:
                     os.replace(part, dest)
                     return dest
-                why = 'wrong size or checksum'
-                os.remove(part)
-                # the old beginning may be at fault: once more, from byte 0
-                have, resumed = -1 if resumed else 0, False
-            failures.append(f'{url}: {why}')
-    except OSError as e:
-        raise files.cannot_write(dest, e) from None
+                failures.append(f'{url}: {why}')
+        except OSError as e:
+            raise files.cannot_write(dest, e) from None
     raise unavailable(dest, failures)
+
+
+def fetch_from(url, part, checks):
+    """Complete part from one address -> None, or why it failed"""
+    resumed = size_of(part) > 0
+    while True:
+        have = size_of(part)
+        try:
+            fetch(url, part, have, checks.get('size'))
+        except (requests.RequestException, ValueError) as e:  # ValueError: a bad redirect
+            if size_of(part) > have:  # it brought something: once more, for the rest
+                continue
+            return reason(e)
+        if intact(part, **checks):
+            return None
+        os.remove(part)
+        if not resumed:
+            return 'wrong size or checksum'
+        resumed = False  # the old beginning may be at fault: once more, from byte 0
+
+
+def size_of(path):
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def unavailable(dest, failures):
     """-> the error to raise"""
     rel = os.path.relpath(dest, files.cache_dir())
-    return Unavailable(
-        f'cannot download {rel} ({"; ".join(failures)}); check the network, or put the file into a '
-        f'folder as {rel} and name that folder with --data_dir or $NANOCLS_DATA'
-    )
+    hint = f'check the network, or put the file into a folder as {rel} '
+    hint += 'and name that folder with --data_dir or $NANOCLS_DATA'
+    return Unavailable(f'cannot download {rel} ({"; ".join(failures)}); {hint}')
 
 
 def fetch(url, part, have, size=None):
@@ -151,11 +149,12 @@ def intact(path, size=None, sha256=None, md5=None, member=None):
         return False
     if not sha256:
         return True
+    if not member:
+        return sha256 == files.hash_file(path)
     try:
-        content = zip_member(path, member) if member else None
+        return sha256 == hashlib.sha256(zip_member(path, member)).hexdigest()
     except UserError:  # not a zip, or another one
         return False
-    return sha256 == (hashlib.sha256(content).hexdigest() if member else files.hash_file(path))
 
 
 def zip_member(path, name):
@@ -178,8 +177,7 @@ def zip_member(path, name):
 
 def file_or_member(rel, archive, inside, data_dir, urls, **checks):
     """(bytes, name) of a plain file, or else of the same file in the published zip."""
-    path = find(rel, data_dir)
-    if path:
+    if path := find(rel, data_dir):
         return files.read_bytes(path), path
     path = find(archive, data_dir) or download(urls, files.cached(archive), **checks)
     return zip_member(path, inside), f'{path}, {inside}'
@@ -204,15 +202,13 @@ def weights(name, data_dir=None):
     """The path of a published model's model.safetensors: in a data folder, in the cache, in Hugging
     Face's cache, or downloaded."""
     rel = f'models/{name}/model.safetensors'
-    path = find(rel, data_dir)
-    if path:
+    if path := find(rel, data_dir):
         return path
     home = os.environ.get('HF_HOME') or '~/.cache/huggingface'
     hub = os.path.expanduser(os.environ.get('HF_HUB_CACHE') or os.path.join(home, 'hub'))
     for repo in (HUB_NAMES[name].replace('/', '--'), name):  # as the user asked for it
         snapshot = os.path.join('snapshots', '*', 'model.safetensors')
-        hits = glob.glob(os.path.join(hub, f'models--{repo}', snapshot))
-        if hits:
+        if hits := glob.glob(os.path.join(hub, f'models--{repo}', snapshot)):
             return hits[0]
     host = (os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')
     url, checks = f'{host}/{HUB_NAMES[name]}/resolve/main/model.safetensors', GPT2
