@@ -39,6 +39,10 @@ def find(rel, data_dir=None):
     return None
 
 
+def find_or_download(rel, urls, data_dir=None, **checks):
+    return find(rel, data_dir) or download(urls, files.cached(rel), **checks)
+
+
 def download(urls, dest, **checks):
     """Download to dest, trying the addresses in order -> dest. A broken connection resumes where
     it stopped, in this run or the next (dest.part). checks: see intact(). Raises Unavailable."""
@@ -179,7 +183,7 @@ def file_or_member(rel, archive, inside, data_dir, urls, **checks):
     """(bytes, name) of a plain file, or else of the same file in the published zip."""
     if path := find(rel, data_dir):
         return files.read_bytes(path), path
-    path = find(archive, data_dir) or download(urls, files.cached(archive), **checks)
+    path = find_or_download(archive, urls, data_dir, **checks)
     return zip_member(path, inside), f'{path}, {inside}'
 
 

@@ -51,8 +51,7 @@ def agnews(data_dir):
     md5s = dict(train='b1a00f826fdfbd249f79597b59e1dc12', test='d52ea96a97a2d943681189a97654912d')
     for split, md5 in md5s.items():
         rel = f'ag_news_csv/{split}.csv'
-        path = download.find(rel, data_dir)
-        path = path or download.download([AGNEWS_URL + rel], files.cached(rel), md5=md5)
+        path = download.find_or_download(rel, [AGNEWS_URL + rel], data_dir, md5=md5)
         rows[split] = []
         text = io.StringIO(files.decode(files.read_bytes(path), path), newline='')
         for where, r in tables.csv_records(text, path, ','):

@@ -45,9 +45,8 @@ def tokenizer(name, data_dir=None):
     assert name == 'gpt2', name
     content = {}
     for file, sha256 in BPE_SHA256.items():
-        rel, url = f'gpt2_bpe/{file}', BPE_ADDRESS + file
-        path = download.find(rel, data_dir)
-        path = path or download.download([url], files.cached(rel), sha256=sha256)
+        rel, urls = f'gpt2_bpe/{file}', [BPE_ADDRESS + file]
+        path = download.find_or_download(rel, urls, data_dir, sha256=sha256)
         content[file] = files.read_bytes(path)
         if hashlib.sha256(content[file]).hexdigest() != sha256:
             why = f"is not GPT-2's {file} (its sha256 differs)"
