@@ -82,28 +82,29 @@ def write_atomic(path, content, every_rank=False):
     cache, which all ranks write."""
     if not (WRITES or every_rank):
         path = os.devnull  # what content computes may need this rank as well
-    special = os.path.exists(path) and not os.path.isfile(path)  # a device, a pipe: stays
-    path = path if special else os.path.realpath(path)  # of a link what it points to
-    # os.replace is atomic only inside one file system
-    temp = path if special else f'{path}.{os.getpid()}.{threading.get_ident()}.tmp'
-    make_folder(os.path.dirname(path))
+    if isinstance(content, str):
+        content = content.encode('utf-8', 'replace')
+    write = content if callable(content) else lambda f: f.write(content)
     try:
-        with open(temp, 'wb') as f:
-            if callable(content):
-                content(f)
-            else:
-                as_bytes = isinstance(content, bytes)
-                f.write(content if as_bytes else content.encode('utf-8', 'replace'))
-            f.flush()
-            if not special:
+        if os.path.exists(path) and not os.path.isfile(path):  # a device, a pipe: stays
+            with open(path, 'wb') as f:
+                write(f)
+            return
+        path = os.path.realpath(path)  # of a link what it points to
+        make_folder(os.path.dirname(path))
+        # beside the file: os.replace is atomic only inside one file system
+        temp = f'{path}.{os.getpid()}.{threading.get_ident()}.tmp'
+        try:
+            with open(temp, 'wb') as f:
+                write(f)
+                f.flush()
                 os.fsync(f.fileno())
-        if not special:
             os.replace(temp, path)
+        finally:
+            if os.path.exists(temp):
+                os.remove(temp)
     except OSError as e:
         raise cannot_write(path, e) from None
-    finally:
-        if not special and os.path.exists(temp):
-            os.remove(temp)
 
 
 def claim(folder):
