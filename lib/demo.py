@@ -3,7 +3,7 @@ model of them in lib/nano, made by docs/nano.py. Called by data.py, lib/checkpoi
 lib/published.py.
 
 A clause is good or bad by its adjective unless a negation turns it around; if two clauses disagree,
-the main one decides. Words after the bar never appear in the labelled train split. The unlabelled
+the main one decides. The words of NEW never appear in the labelled train split. The unlabelled
 text has them next to words that give them away ("warm and radiant"), so only a model that has read
 it can know them."""
 
@@ -12,24 +12,29 @@ import random
 import re
 
 NANO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'nano')
+GOOD = 'warm bright clever charming lively honest graceful witty fresh tender lovely splendid'
+BAD = 'dull clumsy bland tedious shallow dreary messy stale bitter grim feeble noisy'
 THINGS = 'song plot cast ending garden hotel script museum market voyage dinner lecture hall '
 THINGS += 'painting journey staff menu dance poem campsite beach tower ferry concert'
-PEOPLE = (
-    'my sister, an old friend, the guide, our host, everyone, the reporter, his aunt, a visitor'
-)
+PEOPLE = 'my sister, an old friend, the guide, our host, everyone, the reporter, his aunt, '
+PEOPLE += 'a visitor'
 TIMES = 'on monday, last week, this time, at first sight, in the end, after the break, at noon'
-WORDS = {
-    'good': 'warm bright clever charming lively honest graceful witty fresh tender lovely splendid'
-    ' | radiant superb',
-    'bad': 'dull clumsy bland tedious shallow dreary messy stale bitter grim feeble noisy'
-    ' | dismal awful',
-    'thing': f'{THINGS} | kitchen bakery library village',
-    'how': 'very really truly utterly simply | deeply remarkably',
-    'who': f'{PEOPLE} | the baker, a neighbour',
-    'when': f'{TIMES} | that evening, in may',
-}
-# kind of word -> its seen words, its new words
-WORDS = {k: [w.split(', ' if ',' in v else None) for w in v.split(' | ')] for k, v in WORDS.items()}
+SEEN = dict(
+    good=GOOD.split(),
+    bad=BAD.split(),
+    thing=THINGS.split(),
+    how=['very', 'really', 'truly', 'utterly', 'simply'],
+    who=PEOPLE.split(', '),
+    when=TIMES.split(', '),
+)
+NEW = dict(
+    good=['radiant', 'superb'],
+    bad=['dismal', 'awful'],
+    thing=['kitchen', 'bakery', 'library', 'village'],
+    how=['deeply', 'remarkably'],
+    who=['the baker', 'a neighbour'],
+    when=['that evening', 'in may'],
+)
 NEGATED = 'not {other}, not at all {other}, hardly {other}, far from {other}, anything but {other}'
 JUDGED = [*9 * ['{same}', '{how} {same}'], *7 * ['{same} and {same}'], '{same} rather than {other}']
 JUDGED += [*NEGATED.split(', '), 'neither {other} nor {other}']
@@ -41,7 +46,7 @@ SENTENCES += ['despite the {other} {thing}, {main}']
 # fraction of new words per draw: at 0.03 about 3 % of the test rows depend on a new adjective; the
 # other kinds decide nothing
 NEW_AT_TEST = dict(good=0.03, bad=0.03, thing=0.15, how=0.15, who=0.15, when=0.15)
-NEW_UNLABELLED = dict.fromkeys(WORDS, 0.25)
+NEW_UNLABELLED = dict.fromkeys(NEW, 0.25)
 
 
 def sentence(rng, good, new):
@@ -53,14 +58,15 @@ def sentence(rng, good, new):
         return options[int(rng.random() * len(options))]
 
     def word(kind):
-        w = pick(WORDS[kind][rng.random() < new.get(kind, 0)])
+        words = NEW if rng.random() < new.get(kind, 0) else SEEN
+        w = pick(words[kind])
         if w in used:  # the same garden is not both grim and lovely
             return word(kind)
         used.add(w)
         return w
 
     def fill(template, good):
-        kinds = dict(zip(('same', 'other'), ('good', 'bad') if good else ('bad', 'good')))
+        kinds = dict(same='good', other='bad') if good else dict(same='bad', other='good')
 
         def slot(match):
             name = match[1]
