@@ -1,6 +1,5 @@
 """The demo: synthetic reviews that data.py offers without a network, and `nano`, a small language
-model of them in lib/nano, made by docs/nano.py. Called by data.py, lib/checkpoints.py and
-lib/published.py.
+model of them in lib/nano, made by docs/nano.py. Called by data.py and lib/checkpoints.py.
 
 A clause is good or bad by its adjective unless a negation turns it around; if two clauses disagree,
 the main one decides. The words of NEW never appear in the labelled train split. The unlabelled

@@ -10,7 +10,7 @@ import os
 import re
 import tarfile
 
-from lib import demo, download, files, tables
+from lib import download, files, tables
 from lib.files import UserError
 
 POLARITY = ['negative', 'positive']
@@ -115,7 +115,3 @@ def sms(data_dir):
     checks, labels = dict(member=name, sha256=SMS_SHA256), dict(ham='ham', spam='spam')
     raw, path = download.file_or_member(*paths, data_dir, SMS_URLS, **checks)
     return {'train': tab_rows(raw, path, labels, label_first=True)}, list(labels)
-
-
-def demo_rows(data_dir):
-    return demo.labelled(), POLARITY
