@@ -1,7 +1,6 @@
 """Tokenizers, and the cached token ids of many texts. Called by scripts and rooms alike."""
 
 import hashlib
-import io
 import os
 import re
 
@@ -106,14 +105,25 @@ def cut_note(lengths, max_length):
 def tokenize(enc, texts, cache=True):
     """Texts -> Tokens. '<|endoftext|>' inside a text is plain text; an empty text becomes that
     one special id. cache: keep the ids in the cache, under a hash of all that they depend on."""
-    assert enc.n_vocab <= 1 << 16, 'ids are stored in 16 bits'
-    path = cache and files.cached(f'tokens/{key_of(enc, texts)}.npz')
-    tokens = read_cached(path, len(texts), enc.n_vocab) if cache else None
+    if not cache:
+        return encoded(enc, texts)
+    path = files.cached(f'tokens/{key_of(enc, texts)}.npz')
+    tokens = read_cached(path, len(texts), enc.n_vocab)
     if tokens is not None:
         some = range(0, len(texts), 1 + len(texts) // 4)
-        now = tokenize(enc, [texts[i] for i in some], cache=False)
+        now = encoded(enc, [texts[i] for i in some])
         if all(np.array_equal(tokens[i], ids) for i, ids in zip(some, now)):
             return tokens  # else they are read otherwise now, by an edit that the hash cannot see
+    tokens = encoded(enc, texts)
+    arrays = dict(flat=tokens.flat, starts=tokens.starts)
+    with files.optional():
+        files.write_atomic(path, lambda f: np.savez(f, **arrays), every_rank=True)
+    return tokens
+
+
+def encoded(enc, texts):
+    """Texts -> Tokens, computed now."""
+    assert enc.n_vocab <= 1 << 16, 'ids are stored in 16 bits'
     arrays = []
     for start in range(0, len(texts), 4096):  # IMDB as lists of Python ints would take 0.5 GB
         part = texts[start : start + 4096]
@@ -125,11 +135,6 @@ def tokenize(enc, texts, cache=True):
             arrays.append(np.array(ids[i] or [enc.eot_token], np.uint16))
     starts = np.cumsum([0] + [len(a) for a in arrays], dtype=np.int64)
     flat = np.concatenate(arrays) if arrays else np.empty(0, np.uint16)
-    if cache:
-        buffer = io.BytesIO()
-        np.savez(buffer, flat=flat, starts=starts)
-        with files.optional():
-            files.write_atomic(path, buffer.getvalue(), every_rank=True)
     return Tokens(flat, starts)
 
 
