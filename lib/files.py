@@ -108,11 +108,17 @@ def write_atomic(path, content, every_rank=False):
 
 
 def claim(folder):
-    """Make a folder and hold it against all other processes until release, or as long as this one
-    lives, however it ends. Raises UserError if another process holds it."""
+    """Make a folder and keep other processes out of it until release(), or until this process ends,
+    even if it is killed. Raises UserError if another one has claimed it."""
     make_folder(folder)
     if WRITES and os.path.realpath(folder) not in CLAIMED:
         CLAIMED[os.path.realpath(folder)] = lock(folder, 0)
+
+
+def release(folder):
+    descriptor = CLAIMED.pop(os.path.realpath(folder), None)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def remove_leftovers(folder):
@@ -124,12 +130,6 @@ def remove_leftovers(folder):
             if re.fullmatch(r'.+\.\d+\.tmp', os.path.basename(path)):
                 with contextlib.suppress(OSError):
                     os.remove(path)
-
-
-def release(folder):
-    descriptor = CLAIMED.pop(os.path.realpath(folder), None)
-    if descriptor is not None:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -245,9 +245,9 @@ def hash_file(path, kind='sha256'):
 
 
 def make_room(folder, size, own=()):
-    """Evict the least recently used files of a cache folder, but those of this run (own), until
-    `size` bytes more are within LIMIT or no other is left; and what a killed run was writing.
-    Raises UserError if the disk has less than twice the room."""
+    """Remove the least recently used files of a cache folder, but none of this run (own), until
+    `size` bytes more are within LIMIT; remove too what a killed run was writing. Raises UserError
+    if the disk has less than twice the room."""
     make_folder(folder)
     with locked(folder):
         known = []

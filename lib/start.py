@@ -16,9 +16,9 @@ def end_quietly(*_):
 
 
 def crowded(path='/proc/loadavg', looks=8):
-    """Do other processes want cores that our threads would take? Said by the number of processes
-    that are ready to run, the smallest of several looks within 16 ms, as far as the system tells
-    (Linux)."""
+    """Do other processes want cores that our threads would take? Yes if at each of several looks,
+    2 ms apart, the processes that are ready to run and our threads are more than the cores. Only
+    Linux tells; elsewhere no."""
     cores = os.cpu_count() or 1
     ours = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else cores
     threads = os.environ.get('OMP_NUM_THREADS', '')
