@@ -16,10 +16,9 @@ from lib.textfiles import ADVICE, KINDS, kind_of, opened, refuse_other
 
 STEMS = dict(train=('train', 'training'), val=('val', 'valid', 'validation', 'dev'))
 STEMS['test'] = ('test', 'testing')
-TEXT_NAMES = (
-    'text sentence review message content comment body document tweet utterance sms'.split()
-)
-LABEL_NAMES = 'label labels class category target sentiment intent topic rating y'.split()
+# the usual names, the likeliest first
+TEXT_NAMES = 'text sentence review message content comment body document tweet utterance sms'
+LABEL_NAMES = 'label labels class category target sentiment intent topic rating y'
 SEPARATORS = (',', ';', '\t', '|')
 MAX_CLASSES = 5000  # their confusion matrix fills 0.2 GB
 MAX_FIELD = 2**31 - 1  # characters; csv's own limit refuses long documents, more overflows there
@@ -231,7 +230,7 @@ def mend(text):
 
 
 def usual(columns, names):
-    return next((c for n in names for c in columns if c.lower() == n), None)
+    return next((c for n in names.split() for c in columns if c.lower() == n), None)
 
 
 def pick_columns(path, table, form):
