@@ -92,13 +92,13 @@ def separator(f, kind, form):
     if form.sep:
         return form.sep, 0
     header = re.split(r'[\r\n]', head.lstrip('\r\n'), maxsplit=1)[0]
-    usual = '\t' if kind == '.tsv' else ','
-    first = [form.like.sep] if form.like and form.like.sep else []
-    found = [c for c in dict.fromkeys([*first, usual, *SEPARATORS]) if c in header]
-    for c in found if len(found) > 1 else ():
+    by_kind = '\t' if kind == '.tsv' else ','
+    likely = dict.fromkeys([form.like and form.like.sep, by_kind, *SEPARATORS])
+    found = [c for c in likely if c and c in header]
+    for c in found:
         if is_consistent(head, c):
             return c, 0
-    return usual if usual in found or not found else max(found, key=header.count), 0
+    return by_kind if by_kind in found or not found else max(found, key=header.count), 0
 
 
 def is_consistent(head, sep):
@@ -106,7 +106,8 @@ def is_consistent(head, sep):
     widths = []
     try:
         reader = csv.reader(io.StringIO(head, newline=''), delimiter=sep, strict=True)
-        widths += (len(fields) for fields in itertools.islice(reader, 20) if fields)
+        for fields in itertools.islice(reader, 20):
+            widths += [len(fields)] if fields else []
     except csv.Error:  # the end of head may be inside a record
         pass
     whole = widths if len(head) < 1 << 16 else widths[:-1]
@@ -177,7 +178,7 @@ def text_of(where, row, text_cols):
         if not isinstance(row.get(col), str):
             why = f'the text {col!r} is missing or no string; give every row one'
             raise UserError(f'{where}: {why}')
-    return mend(' '.join(row[c] for c in text_cols if row[c] or len(text_cols) == 1))
+    return mend(' '.join(row[c] for c in text_cols if row[c]))
 
 
 def read_rows(path, form=GUESSED):
