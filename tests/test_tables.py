@@ -151,6 +151,8 @@ def test_columns_without_a_name_and_twice():
     assert both('c.csv', ',label\none,a\n', Format('column 1'))[0] == [('one', 'a')]
     rows, _, notes = both('c.csv', 'text,text,label\none,two,a\n')
     assert rows == [('two', 'a')] and "has the column 'text' twice" in notes[0]
+    path = write('no-name.jsonl', '{"q": "one", "": "a"}\n{"q": "two", "": "a"}\n')
+    raises(UserError, read_table, path, match='cannot tell which column is the label')
 
 
 def test_joined_columns():
