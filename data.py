@@ -53,10 +53,10 @@ def named(name):
     return name if name in READERS else cli.absolute(name)
 
 
-def options(flags):
-    """Flags, as vars(args) or in a run.json -> the arguments of load and load_texts."""
-    same = {name: flags[name] for name in ('data_dir', 'val', 'test', 'max_samples', 'balance')}
-    return dict(same, seed=flags['split_seed'], form=Format.of(flags))
+def options(args):
+    """args, a dict of flags by name -> the arguments of load and load_texts."""
+    same = {name: args[name] for name in ('data_dir', 'val', 'test', 'max_samples', 'balance')}
+    return dict(same, seed=args['split_seed'], form=Format.of(args))
 
 
 def read(name, data_dir, val, test, form, notes):
