@@ -10,6 +10,7 @@ import os
 import random
 import re
 
+LABELS = ['negative', 'positive']
 NANO = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'nano')
 GOOD = 'warm bright clever charming lively honest graceful witty fresh tender lovely splendid'
 BAD = 'dull clumsy bland tedious shallow dreary messy stale bitter grim feeble noisy'
@@ -80,9 +81,9 @@ def sentence(rng, good, new):
     return fill(pick(SENTENCES), good)
 
 
-def labelled():
-    """{'train': 4,000 rows, 'val': 500, 'test': 1,000}, balanced, no text twice; always the same.
-    A row is (text, label)."""
+def labelled(data_dir=None):
+    """A reader of data.py: {'train': 4,000 rows, 'val': 500, 'test': 1,000}, balanced, no text
+    twice, always the same; and the labels."""
     rng, seen, rows = random.Random(1), set(), {}
     for split, n in dict(train=4000, val=500, test=1000).items():
         rows[split] = []
@@ -91,8 +92,8 @@ def labelled():
             text = sentence(rng, good, {} if split == 'train' else NEW_AT_TEST)
             if text not in seen:
                 seen.add(text)
-                rows[split].append((text, 'positive' if good else 'negative'))
-    return rows
+                rows[split].append((text, LABELS[good]))
+    return rows, LABELS
 
 
 def unlabelled(n=20000):

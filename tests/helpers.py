@@ -351,7 +351,7 @@ def lm_logits(model, ids):
 # --- the training scripts on small data ---
 
 
-ROWS = demo.labelled()
+ROWS, _ = demo.labelled()
 demo.labelled = lambda: {split: list(rows) for split, rows in ROWS.items()}  # not made again
 
 
