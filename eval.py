@@ -128,8 +128,8 @@ def score(args, out):
     ds = load(args, infos)
     split, first = getattr(ds, args.split), infos[0]
     texts, y = split.texts, rundata.match_labels(args.run, infos, ds, split.y, out)
-    every = []
-    for path, info, line in zip(args.run, infos, rundata.overlap(args, infos, ds)):
+    every, lines = [], [rundata.overlap(*pair, args, ds) for pair in zip(args.run, infos)]
+    for path, info, line in zip(args.run, infos, lines):
         run = runs.open_to_score(path, info, args)
         run.labels = info['labels']
         print(

@@ -142,31 +142,29 @@ def seen(path, texts):
     return None if known is None else np.isin(text_hashes(texts), known)
 
 
-def overlap(args, infos, ds):
-    """Of each run, a line on how many of the texts that eval.py scores it was trained on, or None.
-    Raises UserError if runs are compared, one was trained on such texts, and ds does not have
-    these in both train and test itself. args: flags of eval.py."""
-    lines, texts = [], getattr(ds, args.split).texts
-    alone, several = args.test and not args.data, len(infos) > 1
-    own = set() if alone else set(ds.train.texts)
-    for path, info in zip(args.run, infos):
-        line = None
-        if not info['args']['data']:
-            line = 'not trained here: it may have seen these texts in training'
-        elif several or args.data or args.test:
-            line, were = 'trained on an unknown number of these texts', seen(path, texts)
-            if were is not None:
-                line = f'trained on {were.sum():,} of these {len(texts):,} texts'
-                unfair = sum(hit and text not in own for hit, text in zip(were, texts))
-                refuse = several and args.split != 'train' and not args.allow_seen
-                if unfair and refuse:
-                    raise UserError(
-                        f'{path} was trained on {unfair:,} of these {len(texts):,} texts of '
-                        f'{ds.name}: train the runs with the same --split_seed, score texts '
-                        'that are new to all (--test FILE), or add --allow_seen'
-                    )
-        lines.append(line)
-    return lines
+def overlap(path, info, args, ds):
+    """A line on how many of the texts that eval.py (args: its flags) scores a run was trained on;
+    None where they are the run's own. Raises UserError if runs are compared, this one was trained
+    on such texts, and ds does not have these in both train and test itself."""
+    if not info['args']['data']:
+        return 'not trained here: it may have seen these texts in training'
+    compared = len(args.run) > 1
+    if not (compared or args.data or args.test):
+        return None
+    texts = getattr(ds, args.split).texts
+    were = seen(path, texts)
+    if were is None:
+        return 'trained on an unknown number of these texts'
+    if compared and args.split != 'train' and not args.allow_seen:
+        own = set(ds.train.texts) if args.data or not args.test else ()
+        unfair = sum(hit and text not in own for hit, text in zip(were, texts))
+        if unfair:
+            raise UserError(
+                f'{path} was trained on {unfair:,} of these {len(texts):,} texts of {ds.name}: '
+                'train the runs with the same --split_seed, score texts that are new to all '
+                '(--test FILE), or add --allow_seen'
+            )
+    return f'trained on {were.sum():,} of these {len(texts):,} texts'
 
 
 def match_labels(paths, infos, ds, y, out):
