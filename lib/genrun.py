@@ -69,7 +69,7 @@ def begin(run, resumed):
         raise UserError(f'{problem}, so --posterior_steps cannot hold all classes in one model')
     files.make_folder(args.out)
     run.leaked = classes.leaked(old, args, ds)
-    recorded = rundata.record(args.out, ds, resumed, old)
+    recorded = rundata.record(args.out, ds, resumed, [args.out])  # with its other classes
 
     def base_info():
         with files.locked(args.out):

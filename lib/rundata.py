@@ -104,17 +104,16 @@ def stored(path):
     return {name: f'{int(x):016x}' for name, x in zip(SPLITS, numbers)}, np.sort(numbers[n:])
 
 
-def record(path, ds, saved=None, old=None, init=None):
+def record(path, ds, saved=None, earlier=()):
     """Write the hashes of a run that begins -> what run.json says of its data. saved: state of a
-    run to resume, which is verified instead. old: run.json of a run that gets a class. init: the
-    run that this one goes on from."""
+    run to resume, which is verified instead. earlier: runs that this one goes on from; their
+    training texts count as its own."""
     split = hashes(ds)
     if saved:
         check(path, stored(path)[0], ds, 'start a new run with another --out')
     else:
         texts = text_hashes(ds.train.texts)
-        for before in (old and path, init):  # its other classes; the run that it goes on from
-            theirs = stored(before)[1] if before else None
+        for theirs in (stored(run)[1] for run in earlier):
             texts = texts if theirs is None else np.append(texts, theirs)
         head = np.array([int(x, 16) for x in split.values()], '<u8')
         content = np.concatenate([head, np.unique(texts)]).astype('<u8').tobytes()

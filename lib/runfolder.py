@@ -51,7 +51,7 @@ def begin(args, ds, model, original, resumed):
 
     info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed)
     info.update(labels=ds.labels, base=ranks.from_rank_zero(claim))
-    info.update(rundata.record(args.out, ds, resumed, init=args.init))
+    info.update(rundata.record(args.out, ds, resumed, [args.init] if args.init else []))
     info.update(args=vars(args), parameters=lora.count(model))
     return {**info, 'versions': versions()}
 
