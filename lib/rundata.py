@@ -90,8 +90,8 @@ def text_hashes(texts):
 
 
 def stored(path):
-    """-> {split: hash}, sorted hashes of the training texts (n,), as record() wrote them in the run
-    folder; None, None if it did not."""
+    """-> {split: hash}, hashes of the training texts (n,), as record() wrote them; None, None if it
+    did not."""
     file = os.path.join(path, 'train_texts.bin')
     if not os.path.isfile(file):
         return None, None
@@ -100,8 +100,7 @@ def stored(path):
         advice = 'then nobody knows which texts the run was trained on'
         raise UserError(f'{file} is damaged; restore it, or remove it: {advice}')
     numbers = np.frombuffer(raw, '<u8')
-    n = len(SPLITS)
-    return {name: f'{int(x):016x}' for name, x in zip(SPLITS, numbers)}, np.sort(numbers[n:])
+    return {name: f'{int(x):016x}' for name, x in zip(SPLITS, numbers)}, numbers[len(SPLITS) :]
 
 
 def record(path, ds, saved=None, earlier=()):
