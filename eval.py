@@ -170,9 +170,9 @@ def main(argv=None):
     several = len(names) > 1
     print(side_by_side(names, results, tests) if several else report(results[0], labels), file=out)
     if args.mean:
-        methods, tested = by_seed(groups, names, results, right)
-        print(means_table(methods, tested), file=out)
-        source.update(methods=methods, method_comparisons=tested)
+        methods, method_tests = by_seed(groups, names, results, right)
+        print(means_table(methods, method_tests), file=out)
+        source.update(methods=methods, method_comparisons=method_tests)
 
     if len(args.run) == 1 and args.split == 'test' and not given & {'data', 'test', *SCORING}:
         from lib.runfolder import update_results
@@ -182,9 +182,9 @@ def main(argv=None):
         logs = [read_log(os.path.join(run, 'log.jsonl')) for run in args.run]
         for path in plot(args.plot, names, labels, y, probs, results, logs):
             print(f'wrote {path}', file=out)
-    tested = [dict(t, run=name, against=names[0]) for name, t in zip(names[1:], tests)]
+    comparisons = [dict(t, run=name, against=names[0]) for name, t in zip(names[1:], tests)]
     scores = [dict(m, run=name) for name, m in zip(names, results)]
-    numbers = dict(source, labels=labels, runs=scores, comparisons=tested)
+    numbers = dict(source, labels=labels, runs=scores, comparisons=comparisons)
     if args.json == '-':
         print(files.as_json(numbers, indent=2))
     elif args.json:
