@@ -2,6 +2,7 @@
 lib/repeat.py and lib/seeds.py."""
 
 import math
+from collections import namedtuple
 
 import numpy as np
 
@@ -61,13 +62,14 @@ def compare(first, other):
 
 # --- several seeds ---
 
+Mean = namedtuple('Mean', 'mean half')  # half: of its 95 % interval, None of a single run
+
 
 def mean_interval(x):
-    """Values of k runs -> their mean, and half of its 95 % interval (Student's t, k - 1 degrees of
-    freedom); None of a single run."""
+    """Values of k runs -> Mean, by Student's t with k - 1 degrees of freedom."""
     k = len(x)
     half = t_quantile(k - 1) * float(np.std(x, ddof=1)) / math.sqrt(k) if k > 1 else None
-    return float(np.mean(x)), half
+    return Mean(float(np.mean(x)), half)
 
 
 def compare_means(first, other):

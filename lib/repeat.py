@@ -53,10 +53,7 @@ def several_runs(main, args, given, argv):
     if len(trained_on) > 1:
         why = f'these runs are of different data ({", ".join(trained_on)})'
         raise UserError(f'{why}: name --data, and another --out')
-    means = {}
-    for key in SHOWN:
-        mean, half = mean_interval([result['test'][key] for result in found])
-        means[key] = dict(mean=mean, half=half)
+    means = {key: mean_interval([run['test'][key] for run in found])._asdict() for key in SHOWN}
     cells = [f'{SHOWN[key]} {x["mean"]:.4f} +- {x["half"]:.4f}' for key, x in means.items()]
     print(f'\n{name}: test {", ".join(cells)} (mean, 95 % t interval)')
     if getattr(args, 'folds', None):

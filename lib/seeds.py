@@ -57,10 +57,10 @@ def by_seed(groups, paths, results, right):
     """What by_method found; metrics() of each run; right: bool (N,) of each run, the rows that it
     got right -> [{method, runs, means {metric: {mean, half}}}], compare_means() of each method with
     the first, None where one of the two has a single run."""
-    methods, rows = [], [np.array([right[i] for i in group]) for group in groups.values()]
+    methods = []
     for method, group in groups.items():
-        found = {key: mean_interval([results[i][key] for i in group]) for key in SHOWN}
-        means = {key: dict(mean=mean, half=half) for key, (mean, half) in found.items()}
+        means = {key: mean_interval([results[i][key] for i in group])._asdict() for key in SHOWN}
         methods.append(dict(method=method, runs=[paths[i] for i in group], means=means))
-    tested = [len(rows[0]) > 1 and len(other) > 1 for other in rows[1:]]
-    return methods, [compare_means(rows[0], o) if t else None for o, t in zip(rows[1:], tested)]
+    first, *others = (np.array([right[i] for i in group]) for group in groups.values())
+    tests = [compare_means(first, o) if min(len(first), len(o)) > 1 else None for o in others]
+    return methods, tests
