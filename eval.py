@@ -163,8 +163,8 @@ def main(argv=None):
         source = dict(data=args.labels, split=None)
     else:
         ds, labels, y, scored, groups = score(args, out)
-        names, (results, probs, preds) = args.run, zip(*scored)
-        right = [pred == y for pred in preds]
+        names, (results, probs) = args.run, zip(*scored)
+        right = [p.argmax(1) == y for p in probs]
         tests = [] if groups else [compare(right[0], other) for other in right[1:]]
         source = dict(data=ds.name, split=args.split)
     several = len(names) > 1

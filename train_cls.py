@@ -169,7 +169,7 @@ def main(argv=None):
         fed = dict(net=feed.net, states=feed.states['val']) if feed else {}
         with interrupt.evaluation():
             probs = softmax(class_logits(model, val, *reading, **fed, progress=True))
-        write_predictions(args.out, probs, probs.argmax(1), ds.val.y, ds.labels)
+        write_predictions(args.out, probs, ds.val.y, ds.labels)
         m = metrics(probs, ds.val.y, ds.labels)
         results = dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
         log.write(step=step, **results)

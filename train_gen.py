@@ -309,7 +309,7 @@ def finish(run):
     logits, y = opened.logits_of(val, progress=True), ds.val.y  # (N, K), (N,)
     info.update(calibrate(opened, logits, y))
     opened.decide_by(info)
-    m, probs, pred = run_metrics(opened, logits, y, labels)
+    m, probs = run_metrics(opened, logits, y, labels)
     if not args.direct:
         nats = opened.nats_per_token(val, logits)
         info['likelihood_quantiles'] = np.quantile(nats, np.linspace(0, 1, 101)).tolist()
@@ -317,7 +317,7 @@ def finish(run):
     if opened.rule == 'calibrated':
         info['results']['val_loss_uncalibrated'] = m['uncalibrated']['nll']
     files.write_json(os.path.join(args.out, 'run.json'), info)
-    write_predictions(args.out, probs, pred, y, labels)
+    write_predictions(args.out, probs, y, labels)
 
     test = opened.logits(ds.test.texts, progress=True, cache=True)
     results = run_metrics(opened, test, ds.test.y, labels)[0]

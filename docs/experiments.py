@@ -175,7 +175,7 @@ class Study:
 
     def probs(self, run, rows):
         """-> probabilities (N, K) of an opened run on rows, accuracy"""
-        m, probs, _ = run_metrics(run, run.logits(rows.texts), rows.y, self.labels)
+        m, probs = run_metrics(run, run.logits(rows.texts), rows.y, self.labels)
         return probs, m['accuracy']
 
     # --- the experiments ---

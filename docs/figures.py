@@ -227,7 +227,7 @@ def of_runs(cls, gen, other):
         classes=len(run.labels), calibrated=f'generative run on {ds.name}, {len(y):,} texts'
     )
     for run.rule in ('bayes', 'calibrated'):
-        m, probs, _ = run_metrics(run, logits, y, ds.labels)
+        m, probs = run_metrics(run, logits, y, ds.labels)
         count, mean, accuracy = reliability(probs, y)
         bins = zip(count.tolist(), mean.round(4).tolist(), accuracy.round(4).tolist())
         found['reliability'][run.rule] = [row for row in bins if row[0]]

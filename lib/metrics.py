@@ -108,11 +108,11 @@ def quality(probs, y):
 
 def run_metrics(run, logits, y, labels):
     """Logits (N, K) of an opened run, columns in the run's order; y (N,) in the order of `labels`
-    -> metrics(), probs (N, K) in that order, pred (N,): the most probable class. Where calibrated
-    probabilities decide, 'uncalibrated' holds nll, brier and ece before calibration."""
+    -> metrics(), probs (N, K) in that order. Where calibrated probabilities decide, 'uncalibrated'
+    holds nll, brier and ece before calibration."""
     order = [run.labels.index(name) for name in labels]
     probs = run.probs(logits)[:, order]
     m = dict(metrics(probs, y, labels), dtype=str(run.dtype)[6:])
     if run.rule == 'calibrated':
         m['uncalibrated'] = quality(softmax(logits[:, order]), np.asarray(y))
-    return m, probs, probs.argmax(1)
+    return m, probs

@@ -30,12 +30,12 @@ svg text { font: 12px sans-serif; fill: currentColor }"""
 def write(path, run, source, texts, y, scored):
     """Write the page of an opened run. source: what was scored, for a person; texts and y (N,): its
     rows; scored: run_metrics() of them, in the order of run.labels."""
-    (m, probs, pred), name = scored, run.path
+    (m, probs), name = scored, run.path
     heading = html.escape(f'{run.info["method"]}, {source}')
     series = read_log(os.path.join(name, 'log.jsonl'))
     body = [f'<h1>{html.escape(name)}</h1><p>{heading}</p>']
     body += [scores(m, probs, y, run.labels), classes(m, run.labels), confusion(m, run.labels)]
-    body += [curves(series), calibration(probs, y), errors(run, texts, y, probs, pred)]
+    body += [curves(series), calibration(probs, y), errors(run, texts, y, probs)]
     head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(name)}'
     files.write_atomic(path, f'{head}</title>\n<style>{STYLE}</style>\n' + '\n'.join(body))
 
@@ -146,14 +146,16 @@ def calibration(probs, y):
     return '<h2>Reliability</h2>' + chart(title, x, (least, 1), (0, 1), perfect, dots)
 
 
-def errors(run, texts, y, probs, pred):
+def errors(run, texts, y, probs):
     """The wrong predictions of the highest probability, explained."""
+    pred = probs.argmax(1)
     wrong = np.flatnonzero(pred != y)
     wrong = wrong[np.argsort(-probs[wrong].max(1), kind='stable')]
-    out = [f'<h2>Most confident errors</h2><p>{counted(len(wrong), "text")} of {len(y):,} wrong. ']
+    note = LEGEND if len(wrong) else ''
     if run.answers:
-        out.append('A --direct run scores the class after the text: no word has a number.')
-    out.append(f'{LEGEND}</p>' if len(wrong) and not run.answers else '</p>')
+        note = 'A --direct run scores the class after the text: no word has a number.'
+    count = f'{counted(len(wrong), "text")} of {len(y):,} wrong. {note}'
+    out = [f'<h2>Most confident errors</h2><p>{count}</p>']
     for i in wrong[:ERRORS]:
         record = dict(label=run.labels[pred[i]], probs=dict(zip(run.labels, probs[i])))
         if run.answers:

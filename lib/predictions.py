@@ -12,10 +12,10 @@ from lib.report import counted, listing
 from lib.tables import MAX_CLASSES
 
 
-def write_predictions(out, probs, pred, y, labels):
+def write_predictions(out, probs, y, labels):
     """Write val_preds.json and val_labels.json to the run folder `out`, in the format of --preds
-    and --labels. probs (N, K); pred and y (N,) class ids."""
-    rows = [dict(label=labels[c], probs=dict(zip(labels, p.tolist()))) for p, c in zip(probs, pred)]
+    and --labels. probs (N, K); y (N,) class ids. The most probable class is the prediction."""
+    rows = [dict(label=labels[p.argmax()], probs=dict(zip(labels, p.tolist()))) for p in probs]
     files.write_json(os.path.join(out, 'val_preds.json'), rows)
     files.write_json(os.path.join(out, 'val_labels.json'), [labels[c] for c in y])
 
