@@ -48,18 +48,17 @@ def read_preds(preds_path, labels_path):
         counts = f'has {counted(len(items), "prediction")} but {labels_path} has '
         counts += counted(len(truth), 'label')
         raise UserError(f'{preds_path} {counts}: both need one item per text, in the same order')
-    for i, label in enumerate(truth, 1):
-        if not isinstance(label, str):
-            problem = f'{json.dumps(label)[:60]} is not a label: write a string in quotes'
-            raise UserError(f'{labels_path}, item {i}: {problem}')
     first = items[0].get('probs')
-    labels = list(first) if isinstance(first, dict) and first else sorted(set(truth))
+    labels = list(first) if isinstance(first, dict) and first else sorted(set(map(str, truth)))
     if len(labels) > MAX_CLASSES:
         count = f'{len(labels):,} different labels, more than the {MAX_CLASSES:,} supported'
         path = labels_path if first is None else preds_path
         raise UserError(f'{path} has {count}: are these the labels?')
     ids, names = {label: i for i, label in enumerate(labels)}, listing(labels)
     for i, label in enumerate(truth, 1):
+        if not isinstance(label, str):
+            problem = f'{json.dumps(label)[:60]} is not a label: write a string in quotes'
+            raise UserError(f'{labels_path}, item {i}: {problem}')
         if label not in ids:
             problem = f'{label!r} is not among the classes of {preds_path} ({names})'
             raise UserError(f'{labels_path}, item {i}: {problem}: make the names agree')
