@@ -100,10 +100,10 @@ def leaked(old, args, ds):
     if were is None:
         problem = 'the training rows of the other classes are not known'
         return [f'{problem}; if some of them are test rows now, the results are optimistic']
-    text = (
-        f'{were.sum():,} of the validation and test texts were training rows of the other classes'
-    )
-    return [f'{text}: the results may be optimistic'] if were.any() else []
+    if not were.any():
+        return []
+    count = f'{were.sum():,} of the validation and test texts'
+    return [f'{count} were training rows of the other classes: the results may be optimistic']
 
 
 # --- numbers ---

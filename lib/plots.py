@@ -61,11 +61,10 @@ def plot(folder, names, labels, y, every, results, logs):
     probabilities) -> their paths. every: probs (N, K) or None of each run; y (N,) class ids;
     results: metrics() of each run; logs: read_log() of each run, {} without one."""
     names, figures = [plain(short(name, 28)) for name in names], {}
+    ticks = [plain(short(label, 18)) for label in labels]
     if any(logs):
         figures['curves.png'] = curves(names, logs)
-    figures['confusion.png'] = confusion(
-        names, [plain(short(label, 18)) for label in labels], results
-    )
+    figures['confusion.png'] = confusion(names, ticks, results)
     if every[0] is not None:
         figures['reliability.png'] = calibration(names, y, every, results)
     for name, fig in figures.items():
