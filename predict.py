@@ -48,10 +48,8 @@ def parse(argv):
     add('--threshold', text, cli.share, metavar='P')
     add('--explain', 'a number per word: its contribution to the decision', bool)
     add('--html', 'write the explanations there as a page (with --explain)', metavar='FILE')
-    text = (
-        'write the run there for transformers, LoRA merged; of a generative run a folder per class'
-    )
-    add('--export', text, metavar='DIR')
+    text = 'write the run there for transformers, LoRA merged'
+    add('--export', f'{text}; of a generative run a folder per class', metavar='DIR')
     add = cli.group(p, 'generative runs')
     text = 'no label if the text is less likely per token than this fraction of validation texts'
     add('--ood_quantile', text, cli.share, metavar='Q')
@@ -95,8 +93,9 @@ def check(args, given):
         raise UserError(f'{flag} has no place in a table; give --out {args.out} another ending')
     if args.windows and args.explain:
         raise UserError('--explain covers what --max_length reads; leave --windows out')
-    for flag in sorted(given & {'text_col', 'sep', 'encoding'}) if not args.file else ():
-        raise UserError(f'--{flag} does nothing without --file')
+    unread = sorted(given & {'text_col', 'sep', 'encoding'})
+    if unread and not args.file:
+        raise UserError(f'--{unread[0]} does nothing without --file')
     if args.file and not os.path.isfile(args.file):
         why = 'is no regular file' if os.path.exists(args.file) else 'no such file'
         raise UserError(f'--file {args.file}: {why}')
@@ -121,10 +120,8 @@ def check_run(run, args, given):
         raise UserError(f'--sample {args.sample}: the classes of {args.run} are {names}')
 
 
-def answers(run, texts, args, lengths):
-    """Yield what is written of each text, in order. Appends the texts' tokens to `lengths`."""
-    tokens = tokenize(run.enc, texts, cache=False)
-    lengths.append(tokens.lengths)
+def answers(run, texts, tokens, args):
+    """Yield what is written of each text, in order."""
     logits = run.logits_of(tokens)  # (N, K)
     probs, likelihood, lowest = run.probs(logits), None, None
     if run.kind == 'gen' and not run.answers:
@@ -172,7 +169,8 @@ def main(argv=None):
     paragraphs, lengths, table = [], [], args.out and Table.of(args.out)
     screen = sys.stdout.isatty() and not args.out
     colours = screen and coloured(sys.stdout)
-    if not args.text and not args.file:
+    from_stdin = not args.text and not args.file
+    if from_stdin:
         sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
 
     def show(row, record):
@@ -186,12 +184,14 @@ def main(argv=None):
         rows = iter(rows)
         while chunk := list(itertools.islice(rows, CHUNK)):
             texts = [text for _, text in chunk]
-            for (row, _), record in zip(chunk, answers(run, texts, args, lengths)):
+            tokens = tokenize(run.enc, texts, cache=False)
+            lengths.append(tokens.lengths)
+            for (row, _), record in zip(chunk, answers(run, texts, tokens, args)):
                 if args.html:
                     paragraphs.append(paragraph(record))
                 yield show(row, record)
 
-    if not args.text and not args.file and not args.out and sys.stdin.isatty():
+    if from_stdin and not args.out and sys.stdin.isatty():
         prompt(args.run, run.labels, lines)
     elif args.out:
         encoded = (line.encode('utf-8', 'replace') + b'\n' for line in lines(rows_of(run, args)))
