@@ -10,7 +10,7 @@ from lib.intervals import wilson
 
 def divide(a, b):
     """a / b of arrays, 0 where b is 0 (scikit-learn's zero_division=0)."""
-    return np.divide(a, b, out=np.zeros(len(b)), where=b > 0)
+    return np.divide(a, b, out=np.zeros(a.shape), where=b > 0)
 
 
 def softmax(logits):

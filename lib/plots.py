@@ -118,7 +118,7 @@ def confusion(names, ticks, results):
     axes = fig.subplots(lines, columns, squeeze=False).ravel()
     for ax, name, m in zip(axes, names, results):
         cm = np.array(m['confusion'])  # (K, K)
-        fraction = divide(cm.ravel(), np.repeat(cm.sum(1), k)).reshape(k, k)
+        fraction = divide(cm, cm.sum(1, keepdims=True))
         ax.imshow(fraction, cmap='Blues', vmin=0, vmax=1)
         title = f'{name}\naccuracy {m["accuracy"]:.4f}'
         ax.set(xlabel='prediction', ylabel='truth', title=title)
