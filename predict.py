@@ -168,7 +168,7 @@ def main(argv=None):
     run.rule, run.windows = args.rule or run.rule, args.windows
     paragraphs, lengths, table = [], [], args.out and Table.of(args.out)
     screen = sys.stdout.isatty() and not args.out
-    colours = screen and coloured(sys.stdout)
+    colours = screen and coloured()
     from_stdin = not args.text and not args.file
     if from_stdin:
         sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')

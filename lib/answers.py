@@ -8,9 +8,9 @@ import io
 from lib.explain import painted
 
 
-def as_line(record, screen=False, colours=False, explained=True):
+def as_line(record, screen, colours, explained):
     """Label, its probability and the text, separated by tabs; below them the explanation. screen:
-    for a terminal, where a long text is cut; colours: paint the explanation."""
+    for a terminal, where a long text is cut; colours: paint the explanation; explained: show it."""
     label, p = record['label'], max(record['probs'].values())
     flat = ' '.join(record['text'].split())
     flat = flat[:100] + '...' if screen and len(flat) > 100 else flat

@@ -108,10 +108,9 @@ def characters(enc, ids):
     return out
 
 
-def coloured(stream):
-    """May it be painted? (https://no-color.org)"""
-    plain = os.environ.get('NO_COLOR') or os.environ.get('TERM') == 'dumb'
-    return stream.isatty() and not plain
+def coloured():
+    """May a terminal be painted? (https://no-color.org)"""
+    return not (os.environ.get('NO_COLOR') or os.environ.get('TERM') == 'dumb')
 
 
 def painted(pieces):

@@ -34,7 +34,7 @@ def write(path, run, source, texts, y, scored):
     heading = html.escape(f'{run.info["method"]}, {source}')
     series = read_log(os.path.join(name, 'log.jsonl'))
     body = [f'<h1>{html.escape(name)}</h1><p>{heading}</p>']
-    body += [scores(m, probs, y, run.labels), classes(m, run.labels), confusion(m, run.labels)]
+    body += [scores(m, probs, y, run.labels), classes(m), confusion(m, run.labels)]
     body += [curves(series), calibration(probs, y), errors(run, texts, y, probs)]
     head = f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{html.escape(name)}'
     files.write_atomic(path, f'{head}</title>\n<style>{STYLE}</style>\n' + '\n'.join(body))
@@ -61,9 +61,9 @@ def scores(m, probs, y, labels):
     return table(['', f'n {m["n"]:,}', '95 % interval'], rows) + note
 
 
-def classes(m, labels):
+def classes(m):
     rows = []
-    for label, c in zip(labels, m['per_class'].values()):
+    for label, c in m['per_class'].items():
         shown = (f'{c[key]:.4f}' for key in ('precision', 'recall', 'f1'))
         rows.append((label, *shown, f'{c["support"]:,}'))
     return '<h2>Classes</h2>' + table(['class', 'precision', 'recall', 'F1', 'support'], rows)
