@@ -24,11 +24,11 @@ import torch.nn.functional as F
 import data
 import lora
 from lib import cli, device, files, flags, genflags, genrun, ranks, runs, summary, training
-from lib.classes import auc, calibrate
+from lib.classes import calibrate
 from lib.files import UserError
 from lib.graphs import GRAPH_WIDTH, Graphs, check_device
 from lib.interrupt import interrupted, interruptible, memory_advice
-from lib.metrics import metrics, run_metrics, selection, softmax
+from lib.metrics import auc, metrics, run_metrics, selection, softmax
 from lib.predictions import write_predictions
 from lib.prompts import prompts_of
 from lib.repeat import several_runs

@@ -1,5 +1,5 @@
-"""The classes of a generative run: their folders, the AUC of one, the calibration of all. Called by
-train_gen.py, lib/genflags.py, lib/genrun.py and lib/runs.py."""
+"""The classes of a generative run: their folders, the calibration of all. Called by train_gen.py,
+lib/genflags.py, lib/genrun.py and lib/runs.py."""
 
 import json
 import os
@@ -106,17 +106,7 @@ def leaked(old, args, ds):
     return [f'{count} were training rows of the other classes: the results may be optimistic']
 
 
-# --- numbers ---
-
-
-def auc(scores, positive):
-    """Area under the ROC curve of scores (n,): the fraction of pairs (positive, negative) in which
-    the positive one has the larger score; ties count half. positive (n,) bool."""
-    order = np.sort(scores)
-    below, upto = (np.searchsorted(order, scores, side) for side in ('left', 'right'))
-    ranks = (below + upto + 1) / 2  # 1-based, the mean of ties
-    p, n = positive.sum(), (~positive).sum()
-    return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
+# --- calibration ---
 
 
 def calibrate(run, logits, y):

@@ -106,6 +106,14 @@ def quality(probs, y):
     )
 
 
+def auc(scores, positive):
+    """Area under the ROC curve of scores (n,): the fraction of pairs (positive, negative) in which
+    the positive one has the larger score; ties count half. positive (n,) bool."""
+    own, others = scores[positive], np.sort(scores[~positive])
+    below, upto = (np.searchsorted(others, own, side) for side in ('left', 'right'))
+    return float((below + upto).sum() / (2 * len(own) * len(others)))
+
+
 def run_metrics(run, logits, y, labels):
     """Logits (N, K) of an opened run, columns in the run's order; y (N,) in the order of `labels`
     -> metrics(), probs (N, K) in that order. Where calibrated probabilities decide, 'uncalibrated'

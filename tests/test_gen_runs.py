@@ -12,9 +12,9 @@ import lib.metrics
 import lib.runs
 import predict
 import train_gen
-from lib.classes import auc, calibrate, fit_calibration
+from lib.classes import calibrate, fit_calibration
 from lib.files import UserError, read_json, write_json
-from lib.metrics import softmax
+from lib.metrics import auc, softmax
 from lib.plots import read_log
 from lib.prompts import ANSWERS, PROMPTS
 from lib.runs import NEUTRAL, open_run
