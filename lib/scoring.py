@@ -22,11 +22,7 @@ def in_batches(fn, model, tokens, max_length, keep, device, dtype, progress=Fals
     Longest texts first, so that out of memory shows on the first batch and hardly any padding is
     needed. copies: how often each text is read. The model is in evaluation mode meanwhile. Ranks
     share the texts. progress: show it; (i, n) for pass i of n."""
-    cached = max(256, CACHED // model.cfg.n_embd) * min(copies, 3)  # tokens
-    cached *= 1 if dtype == torch.float32 else 2
-    if dtype != torch.bfloat16 and not cpu_is_intels():  # measured on AMD's Zen 3
-        cached = max(cached, 1024)
-    batch_tokens = cached if device.type == 'cpu' else 65536  # that fills a GPU
+    batch_tokens = tokens_at_once(model, device, dtype, copies)
     lengths = np.minimum(tokens.lengths, max_length)
     order = np.argsort(-lengths, kind='stable')
     own = order[ranks.rank() :: ranks.world_size()]  # this rank's texts
@@ -60,6 +56,17 @@ def in_batches(fn, model, tokens, max_length, keep, device, dtype, progress=Fals
     if not np.isfinite(found).all():
         raise UserError('the model gives numbers that are not finite: lower --lr, or --dtype fp32')
     return found
+
+
+def tokens_at_once(model, device, dtype, copies):
+    """The size of a batch, in tokens, that fits a CPU's cache or fills a GPU."""
+    if device.type != 'cpu':
+        return 65536
+    cached = max(256, CACHED // model.cfg.n_embd) * min(copies, 3)
+    cached *= 1 if dtype == torch.float32 else 2
+    if dtype != torch.bfloat16 and not cpu_is_intels():  # measured on AMD's Zen 3
+        cached = max(cached, 1024)
+    return cached
 
 
 def gathered(own, order):
