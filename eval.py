@@ -128,8 +128,8 @@ def score(args, out):
     ds = load(args, infos)
     split, first = getattr(ds, args.split), infos[0]
     texts, y = split.texts, rundata.match_labels(args.run, infos, ds, split.y, out)
-    every, lines = [], [rundata.overlap(*pair, args, ds) for pair in zip(args.run, infos)]
-    for path, info, line in zip(args.run, infos, lines):
+    every, overlaps = [], [rundata.overlap(*pair, args, ds) for pair in zip(args.run, infos)]
+    for path, info, overlap in zip(args.run, infos, overlaps):
         run = runs.open_to_score(path, info, args)
         run.labels = info['labels']
         print(
@@ -137,12 +137,10 @@ def score(args, out):
             f'({run.device}, {str(run.dtype)[6:]}: {run.reason})',
             file=out,
         )
-        if line:
-            print(f'  {line}', file=out)
         if args.rule and run.kind != 'gen':
             raise UserError(f'{path} is a discriminative run: --rule is for generative ones')
         run.rule, run.windows = args.rule or run.rule, args.windows
-        for note in run.notes(texts):
+        for note in overlap + run.notes(texts):
             print(f'  {note}', file=out)
         logits = run.logits(texts, progress=True, cache=True)  # (N, K)
         every.append(run_metrics(run, logits, y, first['labels']))

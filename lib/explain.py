@@ -139,9 +139,8 @@ def paragraph(record):
     return f'<p>{head}<br>{"".join(spans)}</p>\n'
 
 
-LEGEND = (
-    'Green supports the predicted class, red its runner-up; hover over a word to see its number.'
-)
+LEGEND = 'Green supports the predicted class, red its runner-up; '
+LEGEND += 'hover over a word to see its number.'
 PAGE = """<!doctype html>
 <meta charset="utf-8"><title>{title}</title>
 <style>body {{ font: 16px/1.7 sans-serif; max-width: 50em; margin: 2em auto }}

@@ -141,18 +141,18 @@ def seen(path, texts):
 
 
 def overlap(path, info, args, ds):
-    """A line on how many of the texts that eval.py (args: its flags) scores a run was trained on;
-    None where they are the run's own. Raises UserError if runs are compared, this one was trained
+    """[a note] on how many of the texts that eval.py (args: its flags) scores a run was trained on;
+    [] where they are the run's own. Raises UserError if runs are compared, this one was trained
     on such texts, and ds does not have these in both train and test itself."""
     if not info['args']['data']:
-        return 'not trained here: it may have seen these texts in training'
+        return ['not trained here: it may have seen these texts in training']
     compared = len(args.run) > 1
     if not (compared or args.data or args.test):
-        return None
+        return []
     texts = getattr(ds, args.split).texts
     were = seen(path, texts)
     if were is None:
-        return 'trained on an unknown number of these texts'
+        return ['trained on an unknown number of these texts']
     if compared and args.split != 'train' and not args.allow_seen:
         own = set(ds.train.texts) if args.data or not args.test else ()
         unfair = sum(hit and text not in own for hit, text in zip(were, texts))
@@ -162,7 +162,7 @@ def overlap(path, info, args, ds):
                 'train the runs with the same --split_seed, score texts that are new to all '
                 '(--test FILE), or add --allow_seen'
             )
-    return f'trained on {were.sum():,} of these {len(texts):,} texts'
+    return [f'trained on {were.sum():,} of these {len(texts):,} texts']
 
 
 def match_labels(paths, infos, ds, y, out):
