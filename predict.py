@@ -162,7 +162,7 @@ def main(argv=None):
     if args.sample:
         how = run.args['max_length'], args.temperature, args.top_k or 0
         for seed in range(args.seed, args.seed + args.num):
-            print(run.sample(args.sample, *how, seed), flush=True)
+            print(run.sample(args.sample, *how, seed % 2**64), flush=True)
         return
 
     run.rule, run.windows = args.rule or run.rule, args.windows

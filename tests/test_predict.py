@@ -271,6 +271,8 @@ def test_gen_sample():
     assert a == sample('animals') != sample('animals', '--seed', '9') and a != sample('numbers')
     # the i-th is seed + i
     assert a.splitlines()[1:] == sample('animals', '--num', '2', '--seed', '1').splitlines()
+    last = sample('animals', '--num', '2', '--seed', str(2**64 - 1))  # 0 follows
+    assert last.endswith('\n' + sample('animals', '--num', '1'))
     cold, animals = ('--num', '4', '--temperature', '0.5'), '|'.join(TOPICS['animals'].split())
     words = [re.findall(animals, sample(label, *cold)) for label in ('animals', 'numbers')]
     assert len(words[0]) > 5 > len(words[1]), words
