@@ -24,14 +24,16 @@ def by_method(paths, infos):
     flags = [{k: v for k, v in info['args'].items() if k not in ASIDE} for info in infos]
     # only flags that are on have a place in a name
     flags = [{k: v for k, v in f.items() if v is not None and v is not False} for f in flags]
-    keys = [(kind, json.dumps(flag, sort_keys=True)) for kind, flag in zip(kinds, flags)]
-    groups = [[i for i, other in enumerate(keys) if other == key] for key in dict.fromkeys(keys)]
-    if max(map(len, groups)) < 2:
+    groups = {}
+    for i, key in enumerate(zip(kinds, flags)):
+        groups.setdefault(json.dumps(key, sort_keys=True), []).append(i)
+    methods = {named(group[0], kinds, flags): group for group in groups.values()}
+    if max(map(len, methods.values())) < 2:
         raise UserError(
             '--mean needs two runs or more of a method, which differ in --seed alone; these all '
-            f'differ in more: {", ".join(named(g[0], kinds, flags) for g in groups)}'
+            f'differ in more: {", ".join(methods)}'
         )
-    for group in groups:
+    for group in methods.values():
         of = {}
         for i in group:
             seed = infos[i]['args'].get('seed'), infos[i]['args'].get('split_seed')
@@ -39,7 +41,7 @@ def by_method(paths, infos):
                 same = f'{of[seed]} and {paths[i]} have the same flags and --seed {seed[0]}'
                 raise UserError(f'{same}: --mean needs another seed for each run')
             of[seed] = paths[i]
-    return {named(group[0], kinds, flags): group for group in groups}
+    return methods
 
 
 def named(i, kinds, flags):
