@@ -52,14 +52,15 @@ class Progress:
     def __call__(self, done):
         """So many texts are done."""
         now, width, (i, parts) = time.monotonic(), columns(sys.stderr), self.part
-        if now - self.shown < (TERMINAL if width else PIPE) and done < len(self.work):
+        finished = done == len(self.work)
+        if now - self.shown < (TERMINAL if width else PIPE) and not finished:
             return
         left = (now - self.start) * ((parts - i) * self.work[-1] / self.work[done - 1] - 1)
         text = f'pass {i + 1} of {parts}: ' * (parts > 1)
         text += f'{done:,} of {counted(len(self.work), "text")}, {clock(left)} left'
-        text = fitting([text], width)
+        text = '' if finished else fitting([text], width)
         if width:
-            print('\r\033[K' + text * (done < len(self.work)), end='', file=sys.stderr, flush=True)
-        elif done < len(self.work):
+            print('\r\033[K' + text, end='', file=sys.stderr, flush=True)
+        elif text:
             print(text, file=sys.stderr, flush=True)
         self.shown = now
