@@ -58,8 +58,8 @@ def check_sums(run, text, scores):
         raise UserError(f'the log-probabilities of the words do not sum to what decides: {advice}')
 
 
-def first_two(scores, best=None):
-    """Scores (K,) -> the class `best` (default the largest) and the best of the others."""
+def first_two(scores, best):
+    """Scores (K,) -> the class `best` (None: the largest) and the best of the others."""
     best = int(scores.argmax()) if best is None else int(best)
     return best, int(np.where(np.arange(len(scores)) == best, -np.inf, scores).argmax())
 

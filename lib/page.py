@@ -79,7 +79,7 @@ def confusion(m, labels):
     return '<h2>Confusion matrix</h2>' + table(['truth \\ prediction', *labels], rows)
 
 
-def chart(title, xlabel, xlim, ylim, lines, dots=()):
+def chart(title, xlabel, xlim, ylim, lines, dots):
     """SVG of lines [(name, colour, xs, ys)] and of dots [(colour, x, y, radius in pixels)]."""
 
     def at(x, y):

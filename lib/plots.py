@@ -11,8 +11,6 @@ from lib.files import UserError
 from lib.metrics import divide, reliability
 from lib.report import short
 
-DOTS = dict(marker='o', ms=4)
-
 
 def figure_class():
     """matplotlib's Figure: draws with Agg and opens no window."""
@@ -88,7 +86,7 @@ def curves(names, logs):
             if pale in log:
                 ax.plot(*log[pale], color=f'C{i}', alpha=0.4, lw=1)
             for key in log.keys() & set(keys):
-                ax.plot(*log[key], color=f'C{i}', **DOTS)
+                ax.plot(*log[key], color=f'C{i}', marker='o', ms=4)
     by_class = any('val_auc' in log for log in logs)  # classes of a generative run, in sequence
     unit, score = 'nats per text', 'accuracy'
     if by_class:
