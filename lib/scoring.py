@@ -33,8 +33,8 @@ def in_batches(fn, model, tokens, max_length, keep, device, dtype, progress=Fals
     show = Progress(lengths[own], (0, 1) if progress is True else progress) if shown else None
     try:
         while start < len(own):
-            n = max(1, batch_tokens // (copies * int(lengths[own[start]])))
-            index = own[start : start + n]
+            longest = int(lengths[own[start]])
+            index = own[start : start + max(1, batch_tokens // (copies * longest))]
             ids, n = data.collate(tokens, index, max_length, keep, model.end, device)
             try:
                 with autocast(device, dtype):
@@ -42,7 +42,7 @@ def in_batches(fn, model, tokens, max_length, keep, device, dtype, progress=Fals
             except torch.OutOfMemoryError:
                 if len(index) == 1:
                     raise UserError(
-                        f'out of memory with a single text of {counted(int(n[0]), "token")}; '
+                        f'out of memory with a single text of {counted(longest, "token")}; '
                         'try a smaller --max_length or another --device'
                     ) from None
                 batch_tokens //= 2  # the results do not depend on it

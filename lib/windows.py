@@ -53,8 +53,8 @@ def text_logprobs(model, tokens, max_length, keep, device, dtype, context=(), **
     first = torch.from_numpy(np.maximum(0, before[:, 1] - here[:, 0]))  # (W,)
 
     def fn(ids, n, index):
-        part = [data.to_device(t[torch.from_numpy(index)], device) for t in (ends, first)]
-        return model.logprob(ids, n, part[0], context, part[1]).view(len(ids), k)
+        batch_ends, batch_first = (data.to_device(t[index], device) for t in (ends, first))
+        return model.logprob(ids, n, batch_ends, context, batch_first).view(len(ids), k)
 
     where = size, 'first', device, dtype
     parts = scoring.in_batches(fn, model, windows, *where, copies=k, **options)  # (W, K)
