@@ -41,7 +41,7 @@ class Table:
     P(class) of every class. A name that the input has already gets `predicted_` in front."""
 
     def __init__(self, sep):
-        self.sep, self.columns, self.added = sep, None, None
+        self.sep, self.columns = sep, None  # columns: of the input, known from its first row
 
     @staticmethod
     def of(path):
@@ -54,13 +54,12 @@ class Table:
         the first row lacks (of a .jsonl file) are left out."""
         head = ''
         if self.columns is None:
-            self.columns, taken, self.added = list(row), {*row}, []
+            self.columns, names = list(row), list(row)
             for name in ('label', 'probability', *(f'P({label})' for label in record['probs'])):
-                while name in taken:
+                while name in names:
                     name = f'predicted_{name}'
-                self.added.append(name)
-                taken.add(name)
-            head = self.line([*self.columns, *self.added]) + '\n'
+                names.append(name)
+            head = self.line(names) + '\n'
         label, probs = record['label'], list(record['probs'].values())
         fields = [row.get(name, '') for name in self.columns]
         return head + self.line([*fields, '' if label is None else label, max(probs), *probs])
