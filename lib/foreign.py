@@ -39,8 +39,8 @@ def elsewhere(path, moved=None):
         labels = of_base if fits else [f'LABEL_{i}' for i in range(rows)]
     if len(labels) < 2:
         raise UserError(f'{path}: {head} has one row, which gives a number and not a class')
-    names = 'data data_dir val test text_col label_col sep encoding max_samples'.split()
-    args = dict(dict.fromkeys(names), seed=1337, split_seed=1337, drop_unlabelled=False)
+    names = 'data data_dir val test text_col label_col sep encoding max_samples seed'.split()
+    args = dict(dict.fromkeys(names), split_seed=1337, drop_unlabelled=False)
     args.update(balance=False, quick=False, **reading(path))
     args['pool'] = 'last'  # as GPT2ForSequenceClassification
     info = dict(kind='cls', method=method, model=base, data=None, labels=labels, args=args)

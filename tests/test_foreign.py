@@ -415,6 +415,8 @@ def test_foreign_folders_in_the_scripts():
         )[1]
     )
     assert both['comparisons'] and sorted(both['labels']) == ['ham', 'news', 'spam']
+    text, _ = run_eval([cls_dir, copied(cls_dir), '--test', test, '--mean'])  # seeds are not known
+    assert 'full: 2 runs' in text, text
     write_json(os.path.join(adapter, 'config.json'), class_names(['spam', 'egg', 'news'], 256))
     raises(UserError, run_eval, [adapter, '--test', test], match='ham')
     out, _ = train(
