@@ -12,13 +12,13 @@ from lib.metrics import divide, reliability
 from lib.report import short
 
 
-def figure_class():
-    """matplotlib's Figure: draws with Agg and opens no window."""
+def figure(width, height):
+    """An empty figure of that many inches; no window opens."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('--plot needs matplotlib: pip install matplotlib') from None
-    return Figure
+    return Figure(figsize=(width, height), layout='constrained')
 
 
 def plain(text):
@@ -28,7 +28,7 @@ def plain(text):
 
 def check_plots(folder):
     """Raise UserError without matplotlib, or where `folder` cannot be made: before the work."""
-    figure_class()
+    figure(1, 1)
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as e:
@@ -75,7 +75,7 @@ def plot(folder, names, labels, y, every, results, logs):
 
 def curves(names, logs):
     """Loss and accuracy by step, one colour per run."""
-    fig = figure_class()(figsize=(10, 4), layout='constrained')
+    fig = figure(10, 4)
     left, right = fig.subplots(1, 2)
     for i, (name, log) in enumerate(zip(names, logs)):
         left.plot([], [], color=f'C{i}', label=name)  # the legend's line, whatever the log holds
@@ -112,7 +112,7 @@ def confusion(names, ticks, results):
     """A confusion matrix per run, coloured by row fractions so that rare classes show."""
     k, columns, lines = len(ticks), min(3, len(names)), -(-len(names) // 3)
     side = min(0.4 * k + 3, 14)  # inches
-    fig = figure_class()(figsize=(columns * side, lines * side), layout='constrained')
+    fig = figure(columns * side, lines * side)
     axes = fig.subplots(lines, columns, squeeze=False).ravel()
     for ax, name, m in zip(axes, names, results):
         cm = np.array(m['confusion'])  # (K, K)
@@ -134,7 +134,7 @@ def confusion(names, ticks, results):
 def calibration(names, y, every, results):
     """Accuracy by the probability of the predicted class, above the number of texts in each bin. It
     sets the area of a dot; the line leaves out bins of a single text."""
-    fig = figure_class()(figsize=(5, 6.5), layout='constrained')
+    fig = figure(5, 6.5)
     top, low = fig.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     top.plot([0, 1], [0, 1], color='0.6', ls='--', lw=1, label='perfect calibration')
     for i, (name, probs, m) in enumerate(zip(names, every, results)):
