@@ -275,7 +275,9 @@ class GPT(nn.Module):
         may_lack = named if new_head else buffers  # of what an edit added
         added = {n for n in may_lack if n not in tensors and not checkpoints.NAMES.fullmatch(n)}
         shapes = {n: t.shape for n, t in named.items() if n not in added}
-        check_tensors(tensors, shapes, f'{folder} does not hold a GPT-2 of {cfg} as in model.py')
+        headless = 'score.weight' in shapes.keys() - tensors.keys()
+        misfit = f'{folder} does not hold a GPT-2 of {cfg} as in model.py'
+        check_tensors(tensors, shapes, misfit + ' (new_head=True draws a head)' * headless)
         tensors = {n: t.float() for n, t in tensors.items()}
         if added or checkpoints.has_plain_tensors(model):
             model = cls(cfg, num_labels).init_weights(only=added)

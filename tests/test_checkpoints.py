@@ -100,7 +100,8 @@ def test_load_refuses():
         lambda t: t.update({'score.weight': torch.ones(2, 64)}),
         match='score.weight',
     )
-    raises(UserError, load, lambda t: t.pop('score.weight'), match='score.weight is missing')
+    said = raises(UserError, load, lambda t: t.pop('score.weight'), match='score.weight is missing')
+    assert 'new_head=True' in said
     raises(UserError, GPT.from_pretrained, tmp(), match='holds no model.safetensors')
     raises(UserError, GPT.from_pretrained, os.path.join(tmp(), 'none'), match='no such folder')
     folder = save_raw(tmp(), plain, config=False)
