@@ -23,7 +23,7 @@ import numpy as np
 
 from lib import cli, export, files, flags, ranks, rundata, runs, tables
 from lib.answers import Table, as_line, prompt
-from lib.explain import LEGEND, PAGE, coloured, explain, paragraph
+from lib.explain import LEGEND, PAGE, explain, paragraph
 from lib.files import UserError
 from lib.tokens import cut_note, tokenize
 
@@ -168,7 +168,6 @@ def main(argv=None):
     run.rule, run.windows = args.rule or run.rule, args.windows
     paragraphs, lengths, table = [], [], args.out and Table.of(args.out)
     screen = sys.stdout.isatty() and not args.out
-    colours = screen and coloured()
     from_stdin = not args.text and not args.file
     if from_stdin:
         sys.stdin.reconfigure(encoding='utf-8-sig', errors='replace')
@@ -178,7 +177,7 @@ def main(argv=None):
             return table.row(row, record)
         if args.json:
             return files.as_json(record, ensure_ascii=False)
-        return as_line(record, screen, colours, not args.html)
+        return as_line(record, screen, not args.html)
 
     def lines(rows):
         rows = iter(rows)
@@ -202,9 +201,11 @@ def main(argv=None):
     if args.html:
         page = PAGE.format(title=html.escape(args.run), legend=LEGEND, body=''.join(paragraphs))
         files.write_atomic(args.html, page)
-    if lengths and not args.windows and ranks.rank() == 0:
-        for note in cut_note(np.concatenate(lengths), run.args['max_length']):
-            print(note, file=sys.stderr)
+    notes = [f'wrote {path}' for path in (args.out, args.html) if path]
+    if lengths and not args.windows:
+        notes += cut_note(np.concatenate(lengths), run.args['max_length'])
+    for note in notes if ranks.rank() == 0 else ():
+        print(note, file=sys.stderr)
 
 
 if __name__ == '__main__':

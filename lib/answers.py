@@ -5,21 +5,22 @@ nats_per_token, with --explain with runner_up and explain [(word, number)]. Call
 import csv
 import io
 
-from lib.explain import painted
+from lib.explain import coloured, painted
 
 
-def as_line(record, screen, colours, explained):
+def as_line(record, screen, explained):
     """Label, its probability and the text, separated by tabs; below them the explanation. screen:
-    for a terminal, where a long text is cut; colours: paint the explanation; explained: show it."""
+    for a terminal, where a long text is cut and words are painted; explained: show that."""
     label, p = record['label'], max(record['probs'].values())
     flat = ' '.join(record['text'].split())
     flat = flat[:100] + '...' if screen and len(flat) > 100 else flat
     line = f'{"-" if label is None else label}\t{p:.4f}\t{flat}'
-    if not explained or 'explain' not in record:
-        return line
-    pieces = record['explain']
-    plain = '  '.join(f'{word!r} {v:+.3f}' for word, v in pieces)
-    return f'{line}\n  against {record["runner_up"]}: {painted(pieces) if colours else plain}'
+    if explained and 'explain' in record:
+        words = record['explain']
+        plain = '  '.join(f'{word!r} {v:+.3f}' for word, v in words)
+        shown = painted(words) if screen and coloured() else plain
+        line += f'\n  against {record["runner_up"]}: {shown}'
+    return line
 
 
 def prompt(path, labels, lines):

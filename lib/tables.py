@@ -238,9 +238,8 @@ def pick_columns(path, table, form):
     """-> text column, label column: those asked for; else those of form.like; else those with a
     usual name; else, of two columns, the one with fewer values is the label."""
     columns = list({col: None for _, row in table for col in row})  # of .jsonl all rows'
-    have = (
-        f'it has {", ".join(map(repr, columns))}; name two of them with --text_col and --label_col'
-    )
+    have = f'it has {", ".join(map(repr, columns))}; '
+    have += 'name two of them with --text_col and --label_col'
     asked = parts(form.text_col, columns) if form.text_col else []
     for col in (*asked, form.label_col):
         if col and col not in columns:

@@ -353,7 +353,8 @@ def test_predict_a_table():
                 assert row[4] == label and abs(float(row[5]) - p) < 1e-5
                 assert np.allclose([float(x) for x in row[6:]], probs, atol=1e-5)
     to = os.path.join(folder, 'typed.csv')
-    script(predict.main, [out, '--out', to, '--threshold', '0.9999', 'a', 'b'])
+    argv = [out, '--out', to, '--threshold', '0.9999', 'a', 'b']
+    assert f'wrote {to}' in script(predict.main, argv)[2]
     with open(to, newline='', encoding='utf-8') as f:
         head, *got = list(csv.reader(f))
     assert head[:3] == ['text', 'label', 'probability']
