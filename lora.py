@@ -142,13 +142,13 @@ def add_prompt(model, n, classes=0):
 
 
 def adapt(model, method, last=0, bottleneck=64, prompt=0, classes=0, **options):
-    """Freeze what is frozen and add what is added for a method of the training scripts; what opens
-    a run calls it as well. options: arguments of add_lora. -> names of the wrapped layers"""
+    """Freeze what is frozen and add what is added for a method of the training scripts; opening a
+    run calls it too. options: arguments of add_lora. -> names of the wrapped layers"""
     if method not in ALL_METHODS:
         raise UserError(f'{method!r} is none of {", ".join(dict.fromkeys(ALL_METHODS))}')
     wrapped = []
     everything = method in ('full', 'pretrain', 'prefix')
-    for name, p in model.named_parameters():  # what has a name that GPT-2 lacks always trains
+    for name, p in model.named_parameters():  # what GPT-2 lacks, of an edit, always trains
         p.requires_grad_(everything or not NAMES.fullmatch(name))
     if method == 'lora':
         wrapped = add_lora(model, classes=classes, **options)

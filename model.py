@@ -1,8 +1,8 @@
 """GPT-2 in plain PyTorch, with the names and the weight layout of OpenAI's checkpoints.
 
 Shapes in the comments: B texts, T tokens of the longest one, C width, H heads, V vocabulary,
-K classes, N prompt vectors. Everything can be computed by this file alone; lib/fast.py puts faster
-parts of the same values in their place."""
+K classes, N prompt vectors. Everything can be computed by this file alone; lib/fast.py replaces
+parts by faster ones of the same values."""
 
 import math
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ SHAPES = {
     'gpt2-large': Config(36, 20, 1280),  # 774M
     'gpt2-xl': Config(48, 25, 1600),  # 1558M
     'distilgpt2': Config(6, 12, 768),  # 82M
-    'nano': Config(4, 4, 128, 256, 257),  # 0.9M, bytes: of the demo (lib/nano)
+    'nano': Config(4, 4, 128, 256, 257),  # 0.9M, bytes: the demo's (lib/nano)
 }
 PIECE = 512  # positions whose next-token logits are held at a time: 103 MB of float32
 
@@ -132,7 +132,7 @@ class GPT(nn.Module):
 
     @property
     def end(self):
-        """Id of <|endoftext|>, the last of the vocabulary. No text holds it, so it also pads."""
+        """Id of <|endoftext|>, the last of the vocabulary. Only the empty text has it. It pads."""
         return self.cfg.vocab_size - 1
 
     def embed(self, ids, y=None, copies=1):

@@ -40,10 +40,11 @@ def parse(argv):
     p = cli.Parser(prog='train_cls.py', description=__doc__)
     flags.data_flags(p, data.READERS, data.named)
     add = flags.model_flags(p)
-    text = 'go on from a finished run, its head included, on new --data'
+    text = 'continue from a finished run, including its head, on new --data'
     add('--init', text, cli.absolute, metavar='RUN')
     group = p.add_argument_group('what to train')
-    one_of = group.add_mutually_exclusive_group().add_argument
+    methods = group.add_mutually_exclusive_group()
+    one_of = methods.add_argument
     text = 'low-rank updates of --targets, and the head (default)'
     one_of('--lora', action='store_true', help=text)
     one_of('--head', action='store_true', help='only the linear head')
@@ -71,7 +72,7 @@ def parse(argv):
     if args.resume:
         resumed = load_resume(args.out)
         return flags.resumed(args, given, resumed['args']), set(), resumed
-    args.method = next((m for m in flags.METHODS['cls'] if getattr(args, m)), 'lora')
+    args.method = next((a.dest for a in methods._group_actions if getattr(args, a.dest)), 'lora')
     if args.init:
         inherit(args, given)
     needs = dict(bottleneck=('--adapter', args.adapter))
@@ -118,7 +119,7 @@ def main(argv=None):
     info = runfolder.begin(args, ds, model, original, resumed)
     facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method, args.pool)
     device.place(model, dev, dtype)
-    if not args.plain:  # the same numbers to rounding, sooner: you may delete this
+    if not args.plain:  # the same numbers up to rounding, only faster: you may delete this
         fast.speed_up(model, dev, dtype, pack=not args.compile)
     training.wrap_blocks(model, args)  # --gradient_checkpointing, --compile
     params, net = lora.trainables(model), ranks.wrap(model.train())
@@ -136,7 +137,7 @@ def main(argv=None):
     print('\n'.join(summary.describe(args, ds, train, model.cfg, (dev, dtype, reason)) + facts))
     changed = given - {'lr', 'data', 'model', 'max_steps', 'epochs', *flags.METHODS['cls']}
     print(f'{plan}{plan.hint(given)}, lr {args.lr:g}{summary.flags(args, changed)}', flush=True)
-    done, best = restore(resumed, *state) if resumed else (0, None)  # steps; score, minus its step
+    done, best = restore(resumed, *state) if resumed else (0, None)  # steps; (score, ..., -step)
     log = training.Log(args.out, plan, ds.train.texts, done, device=dev)
     if not resumed:
         save_resume(args.out, args, 0, None, *state)  # from here on the run can be resumed
@@ -161,7 +162,7 @@ def main(argv=None):
         return F.cross_entropy(logits.float(), y, weight=class_weights, reduction='sum')
 
     def weight_of(rows):
-        """What the summed loss of a step is divided by: its rows, by class weight."""
+        """Divisor of a step's summed loss: the class weights of its rows (else their number)."""
         return float(weights[ds.train.y[rows]].sum())
 
     def evaluate(step, best):
@@ -169,13 +170,13 @@ def main(argv=None):
         fed = dict(net=feed.net, states=feed.states['val']) if feed else {}
         with interrupt.evaluation():
             probs = softmax(class_logits(model, val, *reading, **fed, progress=True))
-        write_predictions(args.out, probs, ds.val.y, ds.labels)
         m = metrics(probs, ds.val.y, ds.labels)
         results = dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
         log.write(step=step, **results)
-        score = *selection(m, args.select), -step  # of equal ones the earliest
+        score = *selection(m, args.select), -step  # of equal scores the earliest
         if best is None or score > best:
             best = score
+            write_predictions(args.out, probs, ds.val.y, ds.labels)
             runfolder.save(args.out, model, info, original, dict(step=step, **results))
         save_resume(args.out, args, step, best, *state)
         log.restart()
@@ -217,7 +218,7 @@ def main(argv=None):
     if ranks.any_rank(interrupt.requested):
         save_resume(args.out, args, done, best, *state, due=interrupt.evaluating)
         return interrupted(__file__, args.out, done, plan.max_steps)
-    best = best or evaluate(done, best)  # none yet: an edit left the loop early
+    best = best or evaluate(done, best)  # no evaluation yet if an edit left the loop
     model = net = params = opt = state = graphs = feed = original = resumed = None
     batch = part_loss = None
     gc.collect()  # the test needs their memory

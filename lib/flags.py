@@ -222,6 +222,8 @@ def set_defaults(args):
         args.dtype = 'fp32'
     script = 'gen' if hasattr(args, 'pretrain') else 'cls'
     rate = LR_SCRATCH if args.scratch else LR_NANO[script] if nano else LR.get(args.method)
+    if args.method not in ALL_METHODS or not (args.lr or rate or args.method == 'zero_shot'):
+        raise UserError(f'--{args.method}: METHODS and LR in lib/flags.py lack it')
     args.lr = args.lr or rate
     args.max_steps = args.max_steps or (STEPS_NANO[script] if nano else STEPS)
 

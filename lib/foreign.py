@@ -53,9 +53,8 @@ def read_adapter(path, moved=None):
     c = files.read_object(os.path.join(path, 'adapter_config.json'))
     if c.get('task_type') not in ('SEQ_CLS', None):
         problem = f'{path} is no adapter of a classifier (its task_type is {c["task_type"]})'
-        advice = (
-            'merge it into its base model with PEFT and train a classifier on that with --model'
-        )
+        advice = 'merge it into its base model with PEFT, '
+        advice += 'and train a classifier on that with --model'
         raise UserError(f'{problem}; {advice}')
     base = moved or base_named(path, c.get('base_model_name_or_path'))
     tensors = adapter_tensors(path)

@@ -21,8 +21,7 @@ from lib.tensors import give_back, stamp
 from lib.versions import code_of
 
 VERSION = 2  # of the files; raise it when their content changes
-OTHER_IDS = 'frozen blocks are cached, but a step reads other token ids than the cache: add --plain'
-CHANGED = 'frozen blocks are cached, but one of them was changed or trains now: add --plain'
+STALE = 'frozen blocks are cached, but {}: start again with --plain and another --out'
 
 
 def frozen_depth(model):
@@ -46,9 +45,9 @@ def cache(model, splits, max_length, keep, device, dtype):
     depth = frozen_depth(model)
     if not depth:
         return None
-    below = shipped.edited(model.h, model.wte, model.drop)
+    below = shipped.edited(*model.h[:depth], model.wte, model.drop)
     if names := below + shipped.edited_methods(model, shipped.HIDDEN):
-        print(f'frozen blocks are not cached: {", ".join(names)} as edited')
+        print(f'frozen blocks are not cached, because of an edit: {", ".join(names)}')
         return None
     if hooked(model.modules()):
         print('frozen blocks are not cached: a module has a hook')
@@ -172,9 +171,9 @@ def check(states, ids, lengths, below):
         want, n = states.want
         same &= torch.equal(want, ids[:, : want.shape[1]]) and torch.equal(n, lengths)
     if not same:
-        raise UserError(OTHER_IDS)
+        raise UserError(STALE.format('a step reads other token ids than the cache'))
     if below.now() != below.before:
-        raise UserError(CHANGED)
+        raise UserError(STALE.format('one of them was changed or trains now'))
 
 
 @contextlib.contextmanager

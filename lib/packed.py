@@ -158,9 +158,8 @@ class FastLoRA:
             W, down, mask = conv.weight.detach(), None, None
             if k:
                 W = torch.cat((W, B.transpose(1, 2).flatten(0, 1).to(W.dtype)))  # (in + K r, out)
-                down = (
-                    (A * self.lora.scale).reshape(-1, n_in).t().to(self.matrix.dtype)
-                )  # (in, K r)
+                down = (A * self.lora.scale).reshape(-1, n_in).t()  # (in, K r)
+                down = down.to(self.matrix.dtype)
                 mask = torch.eye(k, dtype=self.matrix.dtype).repeat_interleave(r, 1)[:, None]
             else:
                 W = W + self.lora.delta()

@@ -58,10 +58,11 @@ def restore(saved, params, opt, scaler, *more):
             with torch.no_grad():
                 for n, p in params.items():
                     p.copy_(saved['params'][n])
+            scheduled = any(isinstance(x, torch.optim.lr_scheduler.LRScheduler) for x in more)
             groups = opt.state_dict()['param_groups']  # these settings come from the flags
             for group, old in zip(groups, saved['opt'].get('param_groups', ())):
-                if 'initial_lr' in group:  # but the rates of a scheduler, which goes on from them
-                    group['lr'] = old['lr']
+                if scheduled or 'initial_lr' in group:  # but a scheduler goes on from its own
+                    group.update({'initial_lr': group['lr'], **old, 'params': group['params']})
             opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=groups))
             for p in params.values():
                 state = opt.state.get(p, {}) if type(opt) is torch.optim.AdamW else {}  # of ours

@@ -111,7 +111,7 @@ def load_cls(path, info, data_dir=None, moved=None):
     """-> the model of a discriminative run, as its folder holds it. moved: the folder of its base
     model, if that is another one now."""
     method, k = info['method'], len(info['labels'])
-    if method in ('head', 'last', 'full'):
+    if method not in ('lora', 'prompt', 'adapter'):
         return GPT.from_pretrained(path, k)
     model = GPT.from_pretrained(base.base_of(path, info, data_dir, moved), k, new_head=True)
     if method == 'adapter':

@@ -203,9 +203,8 @@ class GenRun(Run):
             return np.empty((0, len(self.labels)), np.float32)
 
         if self.answers and self.windows:
-            raise UserError(
-                '--windows: a --direct run scores the class after the text, in one window'
-            )
+            why = 'a --direct run scores the class after the text, in one window'
+            raise UserError(f'--windows: {why}')
         score, passes, neutral = self.scorer.text_logprobs, self.passes, 0.0
         if self.answers:
             passes = [(self.model, self.answers[label]) for label in self.labels]

@@ -67,9 +67,8 @@ def files_of(classes):
         m = todo.pop()
         if m.__name__ not in seen:
             seen[m.__name__] = m
-            owners = [
-                sys.modules.get(getattr(v, '__module__', None) or '') for v in vars(m).values()
-            ]
+            names = [getattr(v, '__module__', None) or '' for v in vars(m).values()]
+            owners = [sys.modules.get(name) for name in names]
             imported = [v for v in vars(m).values() if isinstance(v, ModuleType)]
             todo += [m for m in owners + imported if m and folder_of(m) in folders]
     return seen.values()

@@ -96,7 +96,7 @@ def test_frozen_states_of_other_ids_are_refused():
         ids, n = data.collate(tokens, index, 30, 'first', 256)
         ids[1, 1] += 1
         known = feed.states['train'](index, ids)
-        raises(UserError, feed.net, ids, n, known, match='other token ids than the cache: add')
+        raises(UserError, feed.net, ids, n, known, match='other token ids than the cache: start')
     for method, options in (('head', {}), ('last', dict(last=1))):  # and of loss_of, or the loop
         with fresh_cache():
             model, tokens, how = example(method, **options)
@@ -263,6 +263,25 @@ def test_states_that_do_not_fit_are_not_used():
             feed = frozen.cache(model, splits, *how)
             got = class_logits(model, tokens, *how, net=feed.net, states=feed.states['train'])
             assert np.allclose(got, class_logits(model, tokens, *how), atol=1e-4)
+
+
+def test_an_edit_above_the_frozen_blocks_leaves_the_cache():
+    """An edited LoRA in the last block runs as written on the cached output of those below."""
+    before = lora.LoRA.forward
+
+    def edited(self, x):
+        return before(self, x) + x.mean(-1, keepdim=True)
+
+    with fresh_cache(), patched(lora.LoRA, 'forward', edited):
+        model, tokens, how = example('lora', top=1, targets=['c_fc'])
+        feed = frozen.cache(model, dict(train=tokens), *how)
+        got = class_logits(model, tokens, *how, net=feed.net, states=feed.states['train'])
+        assert np.allclose(got, class_logits(model, tokens, *how), atol=1e-4)
+        model, tokens, how = example('lora', top=1, targets=['c_fc'])
+        lora.add_lora(model, targets=['h.0.mlp.c_fc'])
+        for p in model.h[0].parameters():
+            p.requires_grad_(False)
+        assert frozen.cache(model, dict(train=tokens), *how) is None
 
 
 def test_make_room_beside_another_run():

@@ -177,3 +177,55 @@ def test_a_schedule_of_torch_goes_on():
     got, _, text = run_copy(folder, 'twice', argv)
     assert got == want, (got, want)
     assert 'the script sets the rate, --warmup and --schedule do nothing' in text
+
+
+def test_momenta_of_a_schedule_go_on():
+    """OneCycleLR moves the momentum of its groups as well, and ReduceLROnPlateau has no first rate
+    of theirs: a resumed run goes on from what they have set."""
+    needs_fork()
+    title = 'The optimizer: SGD, and a schedule of torch'
+    stop = '            interrupt.requested |= step == 3 and not resumed\n'
+    line = '            done = step\n'
+    kinds = 'torch.optim.lr_scheduler.'
+    for schedule, step in (
+        ('OneCycleLR(opt, max_lr=args.lr, total_steps=plan.max_steps)', 'schedule.step()'),
+        ('ReduceLROnPlateau(opt, patience=0, mode="max")', 'schedule.step(-step)'),
+    ):
+        edits = [
+            (file, old, re.sub(r'torch\.optim\.lr_scheduler\.Cos.*', kinds + schedule, new))
+            for file, old, new in recipes()[title]
+        ]
+        edits = [(f, old, new.replace('schedule.step()', step)) for f, old, new in edits]
+        argv = [*flags_of(title), '--schedule', 'constant', '--warmup', '0']
+        want = run_copy(copy_of(edits), 'train_cls', argv)[0]
+        folder = copy_of([*edits, ('train_cls.py', line, line + stop)])
+        with open(os.path.join(folder, 'twice.py'), 'w', encoding='utf-8') as f:
+            f.write('import train_cls\ndef main(argv):\n    assert train_cls.main(argv) == 130\n')
+            f.write("    train_cls.main(['--resume', *argv[-2:]])\n")
+        got = run_copy(folder, 'twice', argv)[0]
+        assert got == want, (schedule, got, want)
+
+
+def test_a_method_of_your_own():
+    """docs/editing.md, *A method of your own*: a flag alone is refused, not trained as LoRA; with
+    its name and rate in lib/flags.py it is trained, saved, opened and tested."""
+    needs_fork()
+    last = "    one_of('--full', action='store_true', help='everything')\n"
+    flag = ('train_cls.py', last, last + "    one_of('--bitfit', action='store_true', help='')\n")
+    names = "METHODS['cls'] = ('lora', "
+    rate = 'LR = dict(lora=1e-3, '
+    of_flags = [('lib/flags.py', names, names + "'bitfit', ")]
+    of_flags += [('lib/flags.py', rate, rate + 'bitfit=3e-3, ')]
+    old = "    elif method == 'adapter':\n"
+    new = "    elif method == 'bitfit':\n        for name, p in model.named_parameters():\n"
+    new += '            p.requires_grad_(p.dim() == 1)\n'
+    trains = ('lora.py', old, new + old)
+    argv = ['--data', rows(), *SHAPE, *STEPS, '--bitfit']
+    try:
+        run_copy(copy_of([flag]), 'train_cls', argv)
+        raise SystemError('not refused')
+    except AssertionError as e:
+        assert '--bitfit: METHODS and LR in lib/flags.py lack it' in str(e)
+    folder = copy_of([flag, trains, *of_flags])
+    losses, results, text = run_copy(folder, 'train_cls', argv)
+    assert losses and 'training 960 of' in text, text

@@ -213,6 +213,9 @@ def test_best_on_validation_is_saved():
     best = max(scores, key=lambda s: s[:2])
     assert read_json(os.path.join(out, 'run.json'))['results']['step'] == best[2], scores
     assert best[2] <= 4, scores
+    files = [os.path.join(out, f'val_{name}.json') for name in ('preds', 'labels')]
+    saved = json.loads(run_eval(['--preds', files[0], '--labels', files[1], '--json', '-'])[0])
+    assert saved['runs'][0]['accuracy'] == best[0], (saved, scores)  # of the saved weights
 
 
 def test_training_accuracy():
