@@ -133,9 +133,8 @@ def add_prompt(model, n, classes=0):
     """Put n learned vectors in front of every text (Lester et al. 2021, arXiv 2104.08691), started
     at the embeddings of random tokens: (n, C), or with classes (K, n, C)."""
     if not 0 < n < model.cfg.block_size:
-        raise UserError(
-            f"--prompt {n}: the model has {model.cfg.block_size} positions, one is the text's"
-        )
+        why = f"the model has {model.cfg.block_size} positions, one is the text's"
+        raise UserError(f'--prompt {n}: {why}')
     ids = torch.randint(model.cfg.vocab_size, (classes, n) if classes else (n,))
     model.prompt = nn.Parameter(model.wte.weight.detach()[ids].float().clone())
     model.classes = classes

@@ -43,8 +43,7 @@ def parse(argv):
     text = 'continue from a finished run, including its head, on new --data'
     add('--init', text, cli.absolute, metavar='RUN')
     group = p.add_argument_group('what to train')
-    methods = group.add_mutually_exclusive_group()
-    one_of = methods.add_argument
+    one_of = group.add_mutually_exclusive_group().add_argument
     text = 'low-rank updates of --targets, and the head (default)'
     one_of('--lora', action='store_true', help=text)
     one_of('--head', action='store_true', help='only the linear head')
@@ -72,7 +71,7 @@ def parse(argv):
     if args.resume:
         resumed = load_resume(args.out)
         return flags.resumed(args, given, resumed['args']), set(), resumed
-    args.method = next((a.dest for a in methods._group_actions if getattr(args, a.dest)), 'lora')
+    args.method = p.chosen(args) or 'lora'
     if args.init:
         inherit(args, given)
     needs = dict(bottleneck=('--adapter', args.adapter))

@@ -79,19 +79,18 @@ def parser():
 
 def parse(argv):
     """-> flags, names of the flags that were typed, state of the run to resume or None"""
-    args, given = parser().parse(argv)
+    p = parser()
+    args, given = p.parse(argv)
     if args.resume:
         return genflags.resume(args, given)
-    methods = (*flags.METHODS['gen'], 'pretrain')
-    args.method = next((m for m in methods if getattr(args, m)), 'lora')
+    args.method = p.chosen(args) or 'lora'
     if args.class_id is not None and args.out:
         if os.path.isfile(os.path.join(args.out, 'run.json')):
             genflags.inherit(args, given)
     flags.check_flags(args, given, genflags.needs(args))
     if args.posterior_steps and args.class_id is not None:
-        raise UserError(
-            '--posterior_steps trains all classes, --class_id one alone; give one of them'
-        )
+        why = '--posterior_steps trains all classes, --class_id one alone'
+        raise UserError(f'{why}; give one of them')
     args.prior = args.prior or ('uniform' if args.zero_shot else 'counts')
     if args.direct and args.prior != 'uniform':
         raise UserError('--prior counts does nothing with --direct, which scores P(class | text)')

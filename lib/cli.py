@@ -96,6 +96,11 @@ class Parser(argparse.ArgumentParser):
 
         return args, {action.dest for action in self._actions if was_typed(action)}
 
+    def chosen(self, args):
+        """Name of the flag that is set of those that exclude each other, or None."""
+        (group,) = self._mutually_exclusive_groups
+        return next((a.dest for a in group._group_actions if getattr(args, a.dest)), None)
+
     def error(self, message):
         unknown = re.match(r'unrecognized arguments: --([^\s=]+)', message)
         names = [flag.lstrip('-') for flag in self._option_string_actions]

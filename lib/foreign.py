@@ -104,9 +104,8 @@ def named_classes(folder):
         labels = []
     text = all(isinstance(name, str) for name in labels)
     if not text or not 0 < len(set(labels)) == len(id2label):
-        raise UserError(
-            f'{path}: id2label must give each of the ids 0, 1, 2, ... a name of its own'
-        )
+        rule = 'must give each of the ids 0, 1, 2, ... a name of its own'
+        raise UserError(f'{path}: id2label {rule}')
     return labels
 
 

@@ -221,11 +221,14 @@ def test_a_method_of_your_own():
     new += '            p.requires_grad_(p.dim() == 1)\n'
     trains = ('lora.py', old, new + old)
     argv = ['--data', rows(), *SHAPE, *STEPS, '--bitfit']
-    try:
-        run_copy(copy_of([flag]), 'train_cls', argv)
-        raise SystemError('not refused')
-    except AssertionError as e:
-        assert '--bitfit: METHODS and LR in lib/flags.py lack it' in str(e)
+    last = "    one_of('--full', action='store_true', help='a whole model per class')\n"
+    of_gen = ('train_gen.py', last, last + "    one_of('--bitfit', action='store_true', help='')\n")
+    for script, edit in dict(train_cls=flag, train_gen=of_gen).items():
+        try:
+            run_copy(copy_of([edit]), script, argv)
+            raise SystemError('not refused')
+        except AssertionError as e:
+            assert '--bitfit: METHODS and LR in lib/flags.py lack it' in str(e)
     folder = copy_of([flag, trains, *of_flags])
     losses, results, text = run_copy(folder, 'train_cls', argv)
     assert losses and 'training 960 of' in text, text
