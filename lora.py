@@ -147,7 +147,7 @@ def adapt(model, method, last=0, bottleneck=64, prompt=0, classes=0, **options):
         raise UserError(f'{method!r} is none of {", ".join(dict.fromkeys(ALL_METHODS))}')
     wrapped = []
     everything = method in ('full', 'pretrain', 'prefix')
-    for name, p in model.named_parameters():  # what GPT-2 lacks, of an edit, always trains
+    for name, p in model.named_parameters():  # what an edit adds to GPT-2 always trains
         p.requires_grad_(everything or not NAMES.fullmatch(name))
     if method == 'lora':
         wrapped = add_lora(model, classes=classes, **options)

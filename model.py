@@ -132,7 +132,7 @@ class GPT(nn.Module):
 
     @property
     def end(self):
-        """Id of <|endoftext|>, the last of the vocabulary. Only the empty text has it. It pads."""
+        """Id of <|endoftext|>, the last of the vocabulary: the empty text, and padding."""
         return self.cfg.vocab_size - 1
 
     def embed(self, ids, y=None, copies=1):
