@@ -58,11 +58,11 @@ def restore(saved, params, opt, scaler, *more):
             with torch.no_grad():
                 for n, p in params.items():
                     p.copy_(saved['params'][n])
-            scheduled = any(isinstance(x, torch.optim.lr_scheduler.LRScheduler) for x in more)
             groups = opt.state_dict()['param_groups']  # these settings come from the flags
             for group, old in zip(groups, saved['opt'].get('param_groups', ())):
-                if scheduled or 'initial_lr' in group:  # but a scheduler goes on from its own
-                    group.update({'initial_lr': group['lr'], **old, 'params': group['params']})
+                own = old['lr'] != old.get('planned', old['lr'])  # see Plan.steps
+                if own or 'initial_lr' in {**group, **old}:  # but what the script set goes on
+                    group.update({**old, 'params': group['params']})
             opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=groups))
             for p in params.values():
                 state = opt.state.get(p, {}) if type(opt) is torch.optim.AdamW else {}  # of ours

@@ -283,9 +283,8 @@ def split_files(folder):
         for split in STEMS:
             if stem in STEMS[split] and (kind in KINDS or split == 'train' and kind in ADVICE):
                 if split in found:
-                    raise UserError(
-                        f'{folder} has both {found[split]} and {file}; keep one of them'
-                    )
+                    both = f'{found[split]} and {file}'
+                    raise UserError(f'{folder} has both {both}; keep one of them')
                 found[split] = file
     if 'train' not in found:
         why = 'has no train.csv, train.tsv or train.jsonl'

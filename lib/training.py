@@ -85,19 +85,20 @@ class Plan:
         """Yield (step, rows) from step done + 1 to the last, or until a rank is interrupted. Seeds
         dropout, and sets the learning rate of each group of parameters in proportion to its first
         one, until a scheduler of torch.optim or the script itself does that."""
-        ratios, given, own = {}, {}, set()  # by group: one may be added later
+        ratios, told = {}, False  # ratios: by group, one may be added later
         for step in range(done, self.max_steps):
             if ranks.any_rank(interrupt.requested):
                 return
             rate = lr_at(step, self.max_steps, self.lr, self.args.warmup, self.args.schedule)
             for i, group in enumerate(opt.param_groups):
-                if 'initial_lr' in group or group['lr'] != given.get(i, group['lr']):
-                    if not own and ranks.rank() == 0:
-                        text = 'note: the script sets the rate, --warmup and --schedule do nothing'
-                        print(text, file=sys.stderr)
-                    own.add(i)
-                if i not in own:
-                    given[i] = group['lr'] = ratios.setdefault(i, group['lr'] / self.lr) * rate
+                own = group['lr'] != group.get('planned', group['lr'])  # the loop sets it
+                if 'initial_lr' not in group and not own:
+                    ratio = ratios.setdefault(i, group['lr'] / self.lr)
+                    group['planned'] = group['lr'] = ratio * rate
+                elif not told and ranks.rank() == 0:
+                    text = 'note: the script sets the rate, --warmup and --schedule do nothing'
+                    print(text, file=sys.stderr)
+                    told = True
             self.rate = max(group['lr'] for group in opt.param_groups)  # for the log
             seed_step(self.args.seed, step)
             yield step + 1, self.rows(step + 1)

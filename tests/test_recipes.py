@@ -161,13 +161,8 @@ def test_every_recipe_is_tried():
     assert list(recipes()) == list(RUNS)
 
 
-def test_a_schedule_of_torch_goes_on():
-    """A run with that recipe, interrupted and resumed, has the losses of one that was not."""
-    needs_fork()
-    title = 'The optimizer: SGD, and a schedule of torch'
-    check(title)
-    argv, edits = flags_of(title), recipes()[title]
-    want = run_copy(copy_of(edits), 'train_cls', argv)[0]
+def interrupted(edits, argv):
+    """-> losses of a run with these edits, stopped after step 3 and resumed; what it printed"""
     stop = '            interrupt.requested |= step == 3 and not resumed\n'
     line = '            done = step\n'
     folder = copy_of([*edits, ('train_cls.py', line, line + stop)])
@@ -175,6 +170,17 @@ def test_a_schedule_of_torch_goes_on():
         f.write('import train_cls\ndef main(argv):\n    assert train_cls.main(argv) == 130\n')
         f.write("    train_cls.main(['--resume', *argv[-2:]])\n")
     got, _, text = run_copy(folder, 'twice', argv)
+    return got, text
+
+
+def test_a_schedule_of_torch_goes_on():
+    """A run with that recipe, interrupted and resumed, has the losses of one that was not."""
+    needs_fork()
+    title = 'The optimizer: SGD, and a schedule of torch'
+    check(title)
+    argv, edits = flags_of(title), recipes()[title]
+    want = run_copy(copy_of(edits), 'train_cls', argv)[0]
+    got, text = interrupted(edits, argv)
     assert got == want, (got, want)
     assert 'the script sets the rate, --warmup and --schedule do nothing' in text
 
@@ -184,26 +190,23 @@ def test_momenta_of_a_schedule_go_on():
     of theirs: a resumed run goes on from what they have set."""
     needs_fork()
     title = 'The optimizer: SGD, and a schedule of torch'
-    stop = '            interrupt.requested |= step == 3 and not resumed\n'
-    line = '            done = step\n'
     kinds = 'torch.optim.lr_scheduler.'
     for schedule, step in (
         ('OneCycleLR(opt, max_lr=args.lr, total_steps=plan.max_steps)', 'schedule.step()'),
         ('ReduceLROnPlateau(opt, patience=0, mode="max")', 'schedule.step(-step)'),
+        ('ReduceLROnPlateau(opt, patience=1, mode="max")', 'schedule.step(-step)'),
+        ('ReduceLROnPlateau(opt, patience=3, mode="max")', 'schedule.step(-step)'),
     ):
         edits = [
             (file, old, re.sub(r'torch\.optim\.lr_scheduler\.Cos.*', kinds + schedule, new))
             for file, old, new in recipes()[title]
         ]
         edits = [(f, old, new.replace('schedule.step()', step)) for f, old, new in edits]
-        argv = [*flags_of(title), '--schedule', 'constant', '--warmup', '0']
-        want = run_copy(copy_of(edits), 'train_cls', argv)[0]
-        folder = copy_of([*edits, ('train_cls.py', line, line + stop)])
-        with open(os.path.join(folder, 'twice.py'), 'w', encoding='utf-8') as f:
-            f.write('import train_cls\ndef main(argv):\n    assert train_cls.main(argv) == 130\n')
-            f.write("    train_cls.main(['--resume', *argv[-2:]])\n")
-        got = run_copy(folder, 'twice', argv)[0]
-        assert got == want, (schedule, got, want)
+        for flags in (['--schedule', 'constant', '--warmup', '0'], ['--schedule', 'linear']):
+            argv = [*flags_of(title), *flags]
+            want = run_copy(copy_of(edits), 'train_cls', argv)[0]
+            got = interrupted(edits, argv)[0]
+            assert got == want, (schedule, flags, got, want)
 
 
 def test_a_method_of_your_own():
