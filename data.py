@@ -139,8 +139,9 @@ def load(
     if max_samples:
         train = [train[i] for i in sample(train, labels, [max_samples] * len(labels), rng)]
         notes.append(f'train cut to at most {counted(max_samples, "row")} per class')
+    texts = {text for text, _ in train}
     for held in ('test', 'val'):
-        notes += oddities.of_held_out(held, rows[held], train, labels)
+        notes += oddities.of_held_out(held, rows[held], texts, labels)
     ids = {label: i for i, label in enumerate(labels)}
 
     def split(part):

@@ -47,9 +47,8 @@ def of_labels(rows, labels):
         yield f'the {len(labels):,} labels look like numbers: {why}'
 
 
-def of_held_out(split, rows, train, labels):
-    """The rows of 'val' or 'test' beside those of train."""
-    texts = {text for text, _ in train}
+def of_held_out(split, rows, texts, labels):
+    """The rows of 'val' or 'test' beside the set of training texts."""
     if both := sum(text in texts for text, _ in rows):
         left = 'give other rows' if both > len(rows) // 2 else 'left as they are'
         yield f'{counted(both, f"{split} text")} also in train ({left})'
