@@ -172,11 +172,11 @@ def read_run(path):
 
 def update_results(path, results):
     """Write eval_results.json of a run; a note instead if it holds results of another precision or
-    of a model that was edited since, or cannot be written."""
+    of code that was edited since, or cannot be written."""
     info = read_run(path)
     before, kept = precision(path, info), 'eval_results.json keeps the results of'
     if edited(info):
-        print(f'note: {kept} model.py and lora.py as they were', file=sys.stderr)
+        print(f'note: {kept} the code as it was', file=sys.stderr)
     elif before not in (None, results['dtype']):
         print(f'note: {kept} {before}; these are of {results["dtype"]}', file=sys.stderr)
     else:
@@ -245,11 +245,9 @@ def args_fields(method, kind):
     names = ('data_dir', 'val', 'test', 'text_col', 'label_col')
     fields = dict.fromkeys(names, optional(TEXT))
     fields.update(sep=optional(is_separator), encoding=optional(is_encoding), split_seed=INT)
-    fields.update(drop_unlabelled=BOOL)
     fields.update(max_length=COUNT, keep=lambda x: x in ('first', 'last'), data=TEXT, seed=INT)
-    fields.update(
-        max_samples=optional(COUNT), eval_samples=optional(COUNT), balance=BOOL, quick=BOOL
-    )
+    fields.update(max_samples=optional(COUNT), eval_samples=optional(COUNT))
+    fields.update(balance=BOOL, quick=BOOL, drop_unlabelled=BOOL)
     part = value(int, valid=lambda i: i >= 0)
     fields.update({} if kind == 'gen' else dict(folds=optional(COUNT), fold=optional(part)))
     fields.update(dict(bottleneck=COUNT) if method == 'adapter' else {})

@@ -201,10 +201,8 @@ class GenRun(Run):
         log P(answer of the class | text) - .neutral."""
         if not len(tokens):
             return np.empty((0, len(self.labels)), np.float32)
-
         if self.answers and self.windows:
-            why = 'a --direct run scores the class after the text, in one window'
-            raise UserError(f'--windows: {why}')
+            raise UserError('--windows: a --direct run scores classes after a text, in one window')
         score, passes, neutral = self.scorer.text_logprobs, self.passes, 0.0
         if self.answers:
             passes = [(self.model, self.answers[label]) for label in self.labels]

@@ -1,5 +1,5 @@
 """Evaluation: a model on many texts, in batches of like length. Called by both train scripts,
-bench.py, lib/runs.py, lib/windows.py and lib/frozen.py."""
+bench.py, lib/runs.py, lib/windows.py, lib/frozen.py and lib/versions.py."""
 
 import numpy as np
 import torch

@@ -1,5 +1,5 @@
-"""What made a run: versions, and the code of the model as a hash. Called by lib/runfolder.py,
-lib/genrun.py, lib/runs.py, and lib/frozen.py, whose states depend on the code."""
+"""What made a run: versions, and the code of the model and of what it reads as a hash. Called by
+lib/runfolder.py, lib/genrun.py, lib/runs.py, and lib/frozen.py, whose states depend on the code."""
 
 import hashlib
 import os
@@ -10,8 +10,10 @@ from types import CodeType, ModuleType
 import numpy as np
 import torch
 
+import data
 import lora
 import model
+from lib import scoring, tokens
 
 CONSTANTS = (bool, int, float, str, tuple, list, dict, type(None))
 
@@ -21,11 +23,12 @@ def versions():
     every = {v for m in (model, lora) for v in vars(m).values() if isinstance(v, type)}
     every = {c for c in every if c.__module__ in (model.__name__, lora.__name__)}
     found = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    return {**found, 'code': code_of(every)}
+    reads = tokens.tokenize, tokens.encoded, data.collate, scoring.ends_here
+    return {**found, 'code': code_of(every, reads)}
 
 
 def edited(info):
-    """Was a run (info: its run.json) trained with another model.py or lora.py, if that is known?"""
+    """Was a run (info: its run.json) trained with other code, if that is known?"""
     then, now = info.get('versions') or {}, versions()
     return then.get('python') == now['python'] and then.get('code', now['code']) != now['code']
 
@@ -33,16 +36,16 @@ def edited(info):
 def note_edits(path, info):
     """Say so if it was."""
     if edited(info):
-        text = f'note: {path} was trained with another model.py or lora.py'
-        print(f'{text}; its results now come from those here', file=sys.stderr)
+        code = 'other code (model.py, lora.py, or what reads texts)'
+        print(f'note: {path} was trained with {code} and now runs with this', file=sys.stderr)
 
 
-def code_of(classes):
-    """Hash of the code of a model's classes, and of the functions and constants of the files that
-    they are from and of those beside them that these import. Comments do not count. It differs
-    between versions of Python."""
+def code_of(classes, functions=()):
+    """Hash of the code of classes, of functions and constants of their files and of those beside
+    them that these import, and of functions. Comments do not count; Python's version does."""
     classes = {c for c in classes if c.__module__.split('.')[0] not in ('torch', 'builtins')}
     found = [(c.__qualname__, vars(c)) for c in classes]
+    found.append(('', {f.__name__: f for f in functions}))
     for m in files_of(classes):  # without the functions that torch.compile adds to a file
         own = {k: v for k, v in vars(m).items() if not k.startswith('__')}
         found.append((m.__name__, own))

@@ -276,8 +276,11 @@ def test_results_of_the_code_that_trained_are_kept():
     path = os.path.join(out, 'eval_results.json')
     before = read_json(path)
     pool = lambda self, x, lengths: x[:, 0]  # noqa: E731
-    with patched(GPT, 'pool', pool):
-        _, _, err = script(evaluation.main, [out])
-    assert 'eval_results.json keeps the results of model.py and lora.py as they were' in err
-    assert read_json(path) == before
+    cut = lambda *a, before=data.collate: before(*a[:2], 3, *a[3:])  # noqa: E731
+    for where, name, edit in ((GPT, 'pool', pool), (data, 'collate', cut)):
+        with patched(where, name, edit):
+            _, _, err = script(evaluation.main, [out])
+        assert f'note: {out} was trained with other code' in err, name
+        assert 'eval_results.json keeps the results of the code as it was' in err, name
+        assert read_json(path) == before
     assert not script(evaluation.main, [out])[0] and read_json(path) == before
