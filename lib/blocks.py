@@ -165,8 +165,7 @@ class FastBlock:
         self.one_node = (
             all(isinstance(layer, (FastConv1D, FastLoRA)) for layer in self.layers)
             and (attn is block.attn and mlp is block.mlp)  # no adapters
-            and frozen(block.ln_1)
-            and frozen(block.ln_2)
+            and all(map(frozen, (block.ln_1, block.ln_2)))
             and hasattr(torch.ops.aten, FLASH)
         )
 

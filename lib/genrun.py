@@ -47,10 +47,9 @@ def begin(run, resumed):
             files.claim(args.out)
         names = [n for n in ('run.json', 'resume.pt') if os.path.exists(os.path.join(args.out, n))]
         if names and not resumed and args.class_id is None:
-            raise UserError(
-                f'--out {args.out} already holds a run; name another folder, remove that one, '
-                'resume it (--resume), or train one of its classes (--class_id)'
-            )
+            others = 'resume it (--resume), or train one of its classes (--class_id)'
+            advice = f'name another folder, remove that one, {others}'
+            raise UserError(f'--out {args.out} already holds a run; {advice}')
         found = 'run.json' in names and not args.pretrain
         return runfolder.read_run(args.out) if found else dict(labels=[], folders={})
 
@@ -95,10 +94,8 @@ def notes(run):
     """Notes for a run that gets a class: what its results do not show."""
     args, old, lines = run.args, run.old, run.leaked
     if args.class_id is not None and old['labels'] and old['args']['posterior_steps']:
-        lines.append(
-            'the other classes were trained on to the posterior, this one is not: '
-            '--resume --posterior_steps N does that for all'
-        )
+        text = 'the other classes were trained on to the posterior, this one is not: '
+        lines.append(text + '--resume --posterior_steps N does that for all')
     return lines
 
 

@@ -7,6 +7,7 @@ from lib.tensors import stamp
 
 SPARE = 8  # columns of the packed product besides the model's: the shift's, and zeros for alignment
 ROWS, COLUMNS = 512, 4096  # positions and tokens whose logits are held at a time: 8 MB of float32
+KEPT = 1 << 26  # exponentials kept for backward on a CPU, where W trains: 256 MB of float32
 
 
 class NextLogprobs(torch.autograd.Function):
@@ -16,17 +17,18 @@ class NextLogprobs(torch.autograd.Function):
     stay in cache and become exponentials in place; sums are rescaled when a larger logit comes
     (Milakov and Gimelshein 2018, arXiv 1805.02867). If W is frozen, the gradient of h,
     W[target] - softmax(h W^T) W, is computed while they are in cache; if W trains, backward
-    recomputes them. packed: Packed of W^T in such pieces, plus a row of ones (see
-    packed_vocabulary)."""
+    recomputes them, but for a batch so small that KEPT holds them all. packed: Packed of W^T in
+    such pieces, plus a row of ones (see packed_vocabulary)."""
 
     @staticmethod
     def forward(ctx, h, W, target, packed=None):
         now = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
-        out = h.new_empty(len(h), dtype=torch.float32)
+        keep = ctx.needs_input_grad[1] and h.device.type == 'cpu' and len(h) * len(W) <= KEPT
+        out, ctx.kept = h.new_empty(len(h), dtype=torch.float32), []  # kept: of each piece
         grad, tops, totals = torch.empty_like(h) if now else None, [], []
         for piece, part, shift, rest in NextLogprobs.pieces(h, W, target):
             top, total = torch.zeros_like(rest), torch.zeros_like(rest)
-            mean = torch.zeros_like(part, dtype=torch.float32)
+            mean, kept = torch.zeros_like(part, dtype=torch.float32), []
             for columns, x in NextLogprobs.logits(part, W, shift, packed):
                 higher = torch.maximum(top, x.amax(1, keepdim=True))
                 shrink, top = (top - higher).exp_(), higher
@@ -34,11 +36,13 @@ class NextLogprobs(torch.autograd.Function):
                 total = total * shrink + e.sum(1, keepdim=True)
                 if now:
                     mean = mean.mul_(shrink).add_(e.to(h.dtype) @ W[columns])
+                kept += [(columns, e, top)] * keep
             out[piece] = (rest - top - total.log()).squeeze(1)
             if now:
                 grad[piece] = W[target[piece]] - mean / total
             tops.append(top)
             totals.append(total)
+            ctx.kept += [kept] * keep
         saved = [grad] if now else [h, W, target, torch.cat(tops), torch.cat(totals)]
         ctx.save_for_backward(*saved)
         return out
@@ -78,9 +82,12 @@ class NextLogprobs(torch.autograd.Function):
         dh = W[target].float() * g[:, None]  # summed in float32: bfloat16 would round 13 times
         dW = torch.zeros_like(W, dtype=torch.float32)
         dW.index_add_(0, target, h.float() * g[:, None])
-        for piece, part, shift, _ in NextLogprobs.pieces(h, W, target):
-            for columns, x in NextLogprobs.logits(part, W, shift, None):
-                e = x.sub_(tops[piece]).exp_().mul_(-g[piece, None] / totals[piece]).to(h.dtype)
+        for i, (piece, part, shift, _) in enumerate(NextLogprobs.pieces(h, W, target)):
+            last, scale = tops[piece], -g[piece, None] / totals[piece]
+            logits = NextLogprobs.logits(part, W, shift, None)
+            again = ((columns, x.sub_(last).exp_(), last) for columns, x in logits)
+            for columns, e, top in ctx.kept[i] if ctx.kept else again:
+                e = (e * ((top - last).exp() * scale)).to(h.dtype)
                 dh[piece] += e @ W[columns]
                 dW[columns] += e.t() @ part
         return dh.to(h.dtype), dW.to(W.dtype), None, None

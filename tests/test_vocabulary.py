@@ -1,5 +1,7 @@
 """lib/vocabulary.py: log-probabilities of next tokens in pieces."""
 
+import itertools
+
 import torch
 
 import lib.vocabulary
@@ -23,14 +25,21 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 def test_gen_chunks_of_the_vocabulary():
-    """Values and gradients of next_logprobs are those of log_softmax, however many rows at a time;
-    no tensor has a value per row and token."""
+    """Values and gradients of next_logprobs are those of log_softmax, however many rows at a time,
+    whether backward computes the logits again or not; no tensor has a value per row and token."""
     torch.manual_seed(0)
     M, V, C = 23, 257, 16
     h, target, weights = torch.randn(M, C), torch.randint(V, (M,)), torch.randn(M)
+    logits, calls = NextLogprobs.logits, []
+
+    def counted(*args):
+        calls.append(args)
+        yield from logits(*args)
+
     for trains in (False, True):
         results = []
-        for rows, columns in ((None, None), (4, 100), (1000, 1000), (23, 64), (5, 257), (1, 1)):
+        sizes = ((None, None), (4, 100), (1000, 1000), (23, 64), (5, 257), (1, 1))
+        for (rows, columns), kept in itertools.product(sizes, (0, M * V)):
             model = GPT(Config(1, 2, C, 8, V)).init_weights().requires_grad_(trains)
             torch.manual_seed(1)
             model.wte.weight.data.normal_()
@@ -38,8 +47,11 @@ def test_gen_chunks_of_the_vocabulary():
             with (
                 patched(lib.vocabulary, 'ROWS', rows),
                 patched(lib.vocabulary, 'COLUMNS', columns),
+                patched(lib.vocabulary, 'KEPT', kept),
+                patched(NextLogprobs, 'logits', staticmethod(counted)),
                 Largest() as seen,
             ):
+                calls.clear()
                 if rows:
                     out = NextLogprobs.apply(x, model.wte.weight, target)
                 else:
@@ -48,6 +60,8 @@ def test_gen_chunks_of_the_vocabulary():
             results.append([out.detach(), x.grad] + [model.wte.weight.grad] * trains)
             assert (seen.n >= M * V) == (rows in (None, 1000)), (rows, columns, seen.n, trains)
             assert model.wte.weight.grad is None or trains
+            pieces = -(-M // rows) if rows else 0
+            assert len(calls) == pieces * (2 if trains and not kept else 1)
         for other in results[1:]:
             assert all(
                 float((a - b).abs().max()) < 1e-5 * max(1, float(b.abs().max()))
