@@ -129,7 +129,7 @@ def main(argv=None):
     opt = training.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
     state = params, opt, scaler  # in resume.pt; add schedulers, or {**params, 'mine': tensor}
-    reading = args.max_length, args.keep, dev, dtype
+    settings = args.max_length, args.keep, dev, dtype  # for lib/scoring.py
     counts, balanced = np.bincount(ds.train.y), args.class_weights == 'balanced'
     weights = len(ds.train.y) / (len(counts) * counts) if balanced else np.ones(len(counts))  # (K,)
     class_weights = torch.tensor(weights).float().to(dev)
@@ -141,8 +141,8 @@ def main(argv=None):
     if not resumed:
         save_resume(args.out, args, 0, None, *state)  # from here on the run can be resumed
     cacheable = plan.max_steps > plan.epoch_steps and ranks.world_size() == 1 and not args.plain
-    feed = frozen.cache(model, dict(train=train, val=val), *reading) if cacheable else None
-    net = feed.net if feed else net  # reads the cached output of the frozen blocks
+    cached = frozen.cache(model, dict(train=train, val=val), *settings) if cacheable else None
+    net = cached.net if cached else net  # reads the cached output of the frozen blocks
 
     def batch_of(index):
         """Rows index (B,) of the training split -> arguments of loss_of. (Other splits, and new
@@ -150,7 +150,7 @@ def main(argv=None):
         width = GRAPH_WIDTH if args.cuda_graphs else 1  # T is a multiple of it
         ids, n = data.collate(train, index, args.max_length, args.keep, model.end, dev, width)
         batch = ids, n, data.to_device(torch.from_numpy(ds.train.y[index]), dev)
-        return (*batch, feed.states['train'](index, ids)) if feed else batch
+        return (*batch, cached.states['train'](index, ids)) if cached else batch
 
     def loss_of(ids, n, y, *states):
         """Sum of a batch's losses, weighted by class. ids (B, T), n (B,) tokens, y (B,) classes,
@@ -166,9 +166,9 @@ def main(argv=None):
 
     def evaluate(step, best):
         """Evaluate on the validation rows; save the weights if they are the best. -> best score"""
-        fed = dict(net=feed.net, states=feed.states['val']) if feed else {}
+        fed = dict(net=cached.net, states=cached.states['val']) if cached else {}
         with interrupt.evaluation():
-            probs = softmax(class_logits(model, val, *reading, **fed, progress=True))
+            probs = softmax(class_logits(model, val, *settings, **fed, progress=True))
         m = metrics(probs, ds.val.y, ds.labels)
         results = dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
         log.write(step=step, **results)
@@ -188,7 +188,7 @@ def main(argv=None):
         if resumed and resumed['due']:
             best = evaluate(done, best)
         for step, rows in plan.steps(opt, interrupt, done):  # sets lr, seeds dropout
-            if log.stops(done, best):
+            if log.out_of_patience(done, best):
                 break
             parts, factor = plan.parts(rows)  # factor: number of ranks; 0: no row is this rank's
             scale, loss = factor / weight_of(rows), 0.0
@@ -211,14 +211,14 @@ def main(argv=None):
             log.add(step, loss, None if scaler.is_enabled() else norm, len(rows))
             if plan.evaluates(step):
                 best = evaluate(step, best)
-        log.check(done)
+        log.check_finite(done)
     # --- loop ---
 
     if ranks.any_rank(interrupt.requested):
         save_resume(args.out, args, done, best, *state, due=interrupt.evaluating)
         return interrupted(__file__, args.out, done, plan.max_steps)
     best = best or evaluate(done, best)  # no evaluation yet if an edit left the loop
-    model = net = params = opt = state = graphs = feed = original = resumed = None
+    model = net = params = opt = state = graphs = cached = original = resumed = None
     batch = part_loss = None
     gc.collect()  # the test needs their memory
     ranks.barrier()

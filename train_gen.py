@@ -178,9 +178,8 @@ class Phase:
     def batch_of(self, index):
         """Rows index (B,) of this phase -> arguments of loss_of."""
         run, rows, args = self.run, self.rows[index], self.run.args
-        reading, end = (args.max_length, args.keep), self.model.end
-        multiple = GRAPH_WIDTH if args.cuda_graphs else 1
-        ids, n = data.collate(run.train, rows, *reading, end, run.dev, multiple=multiple)
+        end, width = self.model.end, GRAPH_WIDTH if args.cuda_graphs else 1
+        ids, n = data.collate(run.train, rows, args.max_length, args.keep, end, run.dev, width)
         ends = ends_here(end, run.train, rows, args.max_length)  # edit it there: scores need it too
         rest = (ends, torch.from_numpy(run.ds.train.y[rows]))
         return ids, n, *(data.to_device(t, run.dev) for t in rest)
@@ -205,8 +204,9 @@ class Phase:
 
     def val_logprobs(self):
         """log P of every validation text (n, 1), or (n, K) of a model with classes."""
-        run, reading = self.run, (self.run.args.max_length, self.run.args.keep)
-        return text_logprobs(self.model, self.val, *reading, run.dev, run.dtype, progress=True)
+        run = self.run
+        settings = run.args.max_length, run.args.keep, run.dev, run.dtype
+        return text_logprobs(self.model, self.val, *settings, progress=True)
 
     def log(self, done):
         """The log of this phase, after `done` steps."""
@@ -266,7 +266,7 @@ def train_phase(run, kind, label, number, resumed):
         if resumed and resumed['due']:
             best = evaluate(done, best)
         for step, rows in plan.steps(opt, interrupt, done):
-            if log.stops(done, best):
+            if log.out_of_patience(done, best):
                 break
             parts, factor = plan.parts(rows)
             scale, loss = factor / phase.weight_of(rows), 0.0
@@ -289,7 +289,7 @@ def train_phase(run, kind, label, number, resumed):
             log.add(step, loss, None if scaler.is_enabled() else norm, len(rows))
             if plan.evaluates(step):
                 best = evaluate(step, best)
-        log.check(done)
+        log.check_finite(done)
     # --- loop ---
 
     if ranks.any_rank(interrupt.requested):

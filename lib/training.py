@@ -178,7 +178,7 @@ class Log:
         self.path, self.plan, self.texts = os.path.join(out, 'log.jsonl'), plan, texts
         self.extra, rows = extra or {}, files.log_rows(self.path) if done else []
         self.hits = device and torch.zeros((), dtype=torch.int64, device=device)
-        # without the line of --patience: stops() writes it again
+        # without the line of --patience: out_of_patience() writes it again
         kept = [row for row in rows if row['step'] <= done and 'stopped' not in row]
         files.write_atomic(self.path, ''.join(json.dumps(row) + '\n' for row in kept))
         self.restart()
@@ -204,7 +204,7 @@ class Log:
             self.right = self.right if self.plan.idle else self.right + self.hits
             self.hits.zero_()
         if step % self.plan.args.log_every == 0 or self.plan.evaluates(step):
-            loss, seconds = self.check(step), time.perf_counter() - self.since
+            loss, seconds = self.check_finite(step), time.perf_counter() - self.since
             totals = torch.tensor([self.real, self.padded, int(self.right)])
             real, padded, right = ranks.all_reduce(totals).tolist()
             record = dict(step=step, loss=loss, lr=self.plan.rate)
@@ -214,7 +214,7 @@ class Log:
             self.write(seconds / len(self.losses), **record)
             self.restart()
 
-    def stops(self, done, best):
+    def out_of_patience(self, done, best):
         """--patience: did the last N evaluations bring no better score? best: its last number is
         minus the step of the best one."""
         n, every = self.plan.args.patience, self.plan.eval_every
@@ -223,7 +223,7 @@ class Log:
         self.write(step=done, stopped=f'no better score in {n} validations (--patience {n})')
         return True
 
-    def check(self, step):
+    def check_finite(self, step):
         """Mean loss since the last line, summed over the ranks. Raises UserError if one is not
         finite, with texts of its step: a single one can be the cause."""
         if not self.losses:
