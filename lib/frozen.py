@@ -39,9 +39,9 @@ def moves(module):
     return drops or any(p.requires_grad for p in module.parameters())
 
 
-def cache(model, splits, max_length, keep, device, dtype):
-    """splits {name: Tokens} -> Feed, or None where no block is frozen, what they compute was edited
-    (it may differ from step to step), or the rest of the model needs more than their output."""
+def cache(model, splits, *where):
+    """splits {name: Tokens}, where: max_length, keep, device, dtype -> Feed, or None where no block
+    is frozen, they were edited, or the rest of the model needs more than their output."""
     depth = frozen_depth(model)
     if not depth:
         return None
@@ -53,7 +53,6 @@ def cache(model, splits, max_length, keep, device, dtype):
         print('frozen blocks are not cached: a module has a hook')
         return None
     print(f'caching the output of {counted(depth, "frozen block")}', flush=True)
-    where = (max_length, keep, device, dtype)
     try:
         for fresh in (False, True):
             feed = Feed(model, depth, splits, where, fresh)
@@ -82,7 +81,8 @@ class Feed:
     def agrees(self, model, name, tokens, max_length, keep, device, dtype):
         """Are the logits of a few rows of a split those of the model, to rounding, in evaluation
         and in training?"""
-        training, same = model.training, True
+        training, same, buffers = model.training, True, list(model.buffers())
+        before = [b.clone() for b in buffers]  # a BatchNorm counts what it reads
         index = np.unique([*range(min(8, len(tokens))), *np.argsort(-tokens.lengths)[:4]])
         ids, n = data.collate(tokens, index, max_length, keep, model.end, device)
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
@@ -96,6 +96,8 @@ class Feed:
             want, got = found
             same &= bool((want - got).abs().max() <= tolerance * want.abs().max())
         model.train(training)
+        for buffer, value in zip(buffers, before):
+            buffer.copy_(value)
         return same
 
 

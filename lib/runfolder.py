@@ -81,10 +81,8 @@ def notes(model, method, pool='last'):
         names |= extras(model).keys()
     names = sorted({re.sub(r'\bh\.\d+\.', 'h.*.', n) for n in names})
     lines = [f'  {", ".join(names)}: saved, but transformers and PEFT will ignore it'] * bool(names)
-    if edited := shipped.no_gpt2(model):
-        lines += [
-            f'  {", ".join(edited)} as edited: transformers and PEFT compute GPT-2 without it'
-        ]
+    if new := shipped.no_gpt2(model):
+        lines += [f'  {", ".join(new)} as edited: transformers and PEFT compute GPT-2 without it']
     if only := only_here(model):
         missed = 'the final test, predict.py and eval.py compute model.py and lora.py without it'
         lines += [f'  {", ".join(only)}: in this script alone; {missed}']

@@ -284,6 +284,18 @@ def test_an_edit_above_the_frozen_blocks_leaves_the_cache():
         assert frozen.cache(model, dict(train=tokens), *how) is None
 
 
+def test_statistics_of_an_edited_head():
+    """What a BatchNorm has seen is what was trained on: comparing the cache with the model leaves
+    no trace."""
+    for method, options in (('head', {}), ('last', dict(last=1))):
+        with fresh_cache():
+            model, tokens, how = example(method, **options)
+            model.score = torch.nn.Sequential(torch.nn.BatchNorm1d(64), model.score)
+            before = {n: b.clone() for n, b in model.named_buffers()}
+            assert before and frozen.cache(model, dict(train=tokens), *how)
+            assert all(torch.equal(b, before[n]) for n, b in model.named_buffers()), method
+
+
 def test_make_room_beside_another_run():
     """Another run may remove a file at any moment."""
 
