@@ -128,7 +128,7 @@ def main(argv=None):
     plan = training.Plan(args, lengths, data.batches, args.max_steps, args.epochs, args.lr)
     opt = training.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
-    state = params, opt, scaler  # in resume.pt; add schedulers, or {**params, 'mine': tensor}
+    state = lora.learned(model), opt, scaler  # in resume.pt; add what it must keep
     settings = args.max_length, args.keep, dev, dtype  # for lib/scoring.py
     counts, balanced = np.bincount(ds.train.y), args.class_weights == 'balanced'
     weights = len(ds.train.y) / (len(counts) * counts) if balanced else np.ones(len(counts))  # (K,)

@@ -129,10 +129,9 @@ def load(args, given, resumed):
         front += max(len(enc.encode_ordinary(text)) for text in prompts.values())
     room = model.cfg.block_size - front
     if room < 1 or args.max_length > room and 'max_length' in given:
-        raise UserError(
-            f'--max_length {args.max_length} does not fit: the model has {model.cfg.block_size} '
-            f'positions, and {front} of them are taken in front of a text (or behind it)'
-        )
+        taken = f'{front} of them are taken in front of a text (or behind it)'
+        why = f'the model has {model.cfg.block_size} positions, and {taken}'
+        raise UserError(f'--max_length {args.max_length} does not fit: {why}')
     args.max_length = min(args.max_length, room)
     shared = dict(args=args, ds=ds, labels=ds.labels, enc=enc, model=model, prompts=prompts)
     shared.update(prior=prior, log_prior=np.log(prior).astype(np.float32))
@@ -243,7 +242,7 @@ def train_phase(run, kind, label, number, resumed):
     params, phase.net = lora.trainables(model), ranks.wrap(model.train())
     opt = training.make_optimizer(model, plan.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=run.dtype == torch.float16)
-    state = params, opt, scaler  # in resume.pt; add schedulers, or {**params, 'mine': tensor}
+    state = lora.learned(model), opt, scaler  # in resume.pt; add what it must keep
     graphs = Graphs(phase.loss_of, params.values(), scaler) if args.cuda_graphs else None
     done, best = restore(resumed, *state) if resumed else (0, None)  # steps, score
     log = phase.log(done)

@@ -138,11 +138,9 @@ def guess_config(folder, tensors, where, shapes):
         same = (cfg.n_layer, cfg.n_embd) == (len(layers), width)
         if where == name or (where not in shapes and same):
             return vars(cfg)
-    raise UserError(
-        f'{folder} has no config.json, and its {counted(len(layers), "layer")} of width {width} '
-        'match no published GPT-2, so the number of heads is unknown; put its config.json beside '
-        'the weights'
-    )
+    what = f'its {counted(len(layers), "layer")} of width {width} match no published GPT-2'
+    why = f'{what}, so the number of heads is unknown; put its config.json beside the weights'
+    raise UserError(f'{folder} has no config.json, and {why}')
 
 
 def class_names(labels, end):

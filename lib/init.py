@@ -56,10 +56,8 @@ def start_from(model, args, ds):
     source, old = runfolder.load_cls(path, info, args.data_dir), info['labels']
     theirs = dict(source.named_parameters())
     if 'score.weight' not in theirs and ds.labels != old:
-        raise UserError(
-            f'--init {path}: its head, edited, has no row per label; the data must '
-            f'have the labels of that run: {listing(old)}'
-        )
+        why = 'its head, edited, has no row per label; the data must have the labels of that run'
+        raise UserError(f'--init {path}: {why}: {listing(old)}')
     with torch.no_grad():
         for name, p in lora.trainables(model).items():
             if name != 'score.weight' and not torch.equal(p, theirs[name]):

@@ -75,21 +75,20 @@ def peft_names(model):
         layers = [n for n, m in model.named_modules() if isinstance(m, LoRA)]
         names = {f'{PREFIX}{n}.lora_{k}.weight': f'{n}.{k}' for n in layers for k in 'AB'}
         if lacking := sorted({n[-1] for n in names.values() if n not in params}):
-            raise UserError(
-                f'LoRA as edited has no parameter {", ".join(lacking)}: a run is saved as PEFT '
-                'saves it, with A and B, so keep both (what is to stay frozen as a parameter '
-                'that requires no gradient)'
-            )
+            keep = 'keep both (what is to stay frozen as a parameter that requires no gradient)'
+            why = f'a run is saved as PEFT saves it, with A and B, so {keep}'
+            raise UserError(f'LoRA as edited has no parameter {", ".join(lacking)}: {why}')
     else:
         names, head = {'prompt_embeddings': 'prompt'}, 'base_model.score.weight'
     return {**names, head: 'score.weight'} if 'score.weight' in params else names
 
 
 def extras(model):
-    """{name: parameter} of what trains and has no place in a PEFT folder: what an edit of model.py
-    or lora.py added, or does not freeze."""
+    """{name: tensor} of what training changes and has no place in a PEFT folder: what an edit of
+    model.py or lora.py added, or does not freeze; of a classifier also buffers."""
     places = set(peft_names(model).values())
-    return {n: p for n, p in lora.trainables(model).items() if n not in places}
+    found = lora.learned(model) if model.num_labels else lora.trainables(model)
+    return {n: t for n, t in found.items() if n not in places}
 
 
 # --- reading ---
@@ -145,13 +144,13 @@ def apart(folders):
 
 def load_extras(folder, model, needed):
     """Fill what trained besides LoRA, prompt and head. needed: names that must be among it."""
-    path, params = os.path.join(folder, EXTRA), dict(model.named_parameters())
+    path, places = os.path.join(folder, EXTRA), model.state_dict()
     tensors = load_safetensors(path) if os.path.isfile(path) else {}
-    shapes = {n: p.shape for n, p in params.items() if n in tensors or n in needed}
+    shapes = {n: t.shape for n, t in places.items() if n in tensors or n in needed}
     why = f'{folder} does not fit model.py and lora.py as they are'
     check_tensors(tensors, shapes, why)
     for n, t in tensors.items():
-        params[n].data = t.float()
+        places[n].copy_(t)
 
 
 def add_filled(model, add, fill_all):
@@ -166,9 +165,9 @@ def add_filled(model, add, fill_all):
 
 
 def fill(model, tensors, names, folder, index=None):
-    """Copy tensors {name in file: tensor} into the parameters {name in file: name in model}, or
-    into slice `index` of each. Raises UserError that lists all that does not fit."""
-    params = {n: p.detach() for n, p in model.named_parameters()}
+    """Copy tensors {name in file: tensor} to their places {name in file: name in model}, or to
+    slice `index` of each. Raises UserError that lists all that does not fit."""
+    params = model.state_dict()
     places = {n: params[p] if index is None else params[p][index] for n, p in names.items()}
     shapes = {n: t.shape for n, t in places.items()}
     check_tensors(tensors, shapes, f'{folder} does not fit this model')

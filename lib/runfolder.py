@@ -63,7 +63,7 @@ def save(folder, model, info, original, results):
     if info['method'] in ('lora', 'prompt'):
         save_peft(folder, model, base.peft_base(folder, info))
     elif info['method'] == 'adapter':
-        trained = {n: p.detach() for n, p in lora.trainables(model).items()}
+        trained = {n: t.detach() for n, t in lora.learned(model).items()}
         save_safetensors(os.path.join(folder, 'adapter.safetensors'), trained)
     else:
         state = {**original, **lora.trained_state(model)}
@@ -123,7 +123,7 @@ def load_adapters(path, model, bottleneck):
     tensors = load_safetensors(os.path.join(path, 'adapter.safetensors'))
 
     def fill_all(model):
-        known = {n for n, _ in model.named_parameters()} & tensors.keys()
+        known = model.state_dict().keys() & tensors.keys()
         fill(model, tensors, {n: n for n in known | lora.trainables(model).keys()}, path)
 
     add_filled(model, lambda m: lora.adapt(m, 'adapter', bottleneck=bottleneck), fill_all)

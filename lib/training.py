@@ -234,12 +234,10 @@ class Log:
                 rows = np.sort(self.plan.rows(bad))
                 shown = [json.dumps(self.texts[i][:60], ensure_ascii=False) for i in rows[:3]]
                 shown += [f'{len(rows) - 3} more'] if len(rows) > 3 else []
-                raise UserError(
-                    f'the loss or its gradient is not finite ({value}) at step {bad}, whose texts '
-                    f'are {", ".join(shown)}: look at them, or try a smaller '
-                    f'--lr than {self.plan.lr:g} or --dtype fp32, in another --out: '
-                    '--resume would take the same steps'
-                )
+                where = f'at step {bad}, whose texts are {", ".join(shown)}: look at them'
+                why = f'the loss or its gradient is not finite ({value}) {where}'
+                advice = f'try a smaller --lr than {self.plan.lr:g} or --dtype fp32, in another'
+                raise UserError(f'{why}, or {advice} --out: --resume would take the same steps')
         return sum(values) / len(values)
 
     def write(self, seconds_per_step=0.0, **record):

@@ -237,6 +237,30 @@ def test_resume_holds_what_an_edit_added():
                 assert torch.equal(t, whole[n]), n
 
 
+def test_what_a_batch_norm_has_seen_is_kept():
+    """Statistics of a head are saved with every method, and resumed."""
+    init, _ = GPT.__init__, place()  # made without the edit
+
+    def start(self, *a, **k):
+        init(self, *a, **k)
+        if self.num_labels:
+            self.score = nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, self.num_labels))
+
+    with patched(GPT, '__init__', start):
+        for method in METHODS:
+            out, _ = train(*argv(*FLAGS[method]))
+            run = open_run(out, 'cpu', 'fp32')
+            val, want = own_data(run.info).val, run.info['results']['val_loss']
+            nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+            assert abs(nll - want) < 1e-5, (method, nll, want)
+            again = os.path.join(tmp(), 'run')
+            with patched(train_cls.training.Plan, 'evaluates', stop_after(2)):
+                raises(Stop, train_cls.main, argv(*FLAGS[method], '--out', again))
+            train_cls.main(['--resume', '--out', again])
+            losses = [[row.get('val_loss') for row in records(o)] for o in (out, again)]
+            assert losses[0][-1] == losses[1][-1] and losses[0][-1], (method, losses)
+
+
 def stop_after(last):
     def evaluates(self, step):
         if step > last:
