@@ -119,7 +119,7 @@ def main(argv=None):
     facts = lora.describe(model, wrapped) + runfolder.notes(model, args.method, args.pool)
     device.place(model, dev, dtype)
     if not args.plain:  # the same numbers up to rounding, only faster: you may delete this
-        fast.speed_up(model, dev, dtype, pack=not args.compile)
+        fast.speed_up(model, dev, dtype)
     training.wrap_blocks(model, args)  # --gradient_checkpointing, --compile
     params, net = lora.trainables(model), ranks.wrap(model.train())
 

@@ -187,7 +187,9 @@ class FastBlock:
         return x + adapted(block.mlp, self.mlp(block.ln_2(x)))
 
     def touched(self):
-        """Has the block got hooks or other parts, or begun to train more, since this was made?"""
+        """Has the block got hooks or other parts, begun to train more, or been compiled since?"""
+        if torch.compiler.is_compiling() or self.block._compiled_call_impl:
+            return True
         inside = [*self.block.modules()]
         other = inside != self.inside or any(map(changed, inside[1:])) or hooked(inside[:1])
         return other or any(p.requires_grad for p in self.frozen)

@@ -4,7 +4,7 @@ of a plain GPT. Called by train_cls.py, lib/genrun.py, lib/int8.py and lib/runs.
 
 An edit of model.py or lora.py takes effect: a function whose code is not the known one
 (lib/shipped.py), or a module with other parts than model.py gives it (lib/blocks.py), has no faster
-part, and a line says so."""
+part, and a line says so. torch.compile compiles the plain code."""
 
 import ctypes
 import sys
@@ -18,14 +18,13 @@ from lora import LoRA
 from model import Conv1D
 
 
-def speed_up(model, device, dtype, pack=True, matrix=None):
+def speed_up(model, device, dtype, matrix=None):
     """Replace parts of a GPT that was adapted and placed by faster ones of the same values.
 
-    pack: False leaves the blocks plain, for torch.compile.  matrix: a class of frozen matrices in
-    place of the one for dtype (lib/int8.py)."""
-    floats = packing(device, dtype) if pack else None
+    matrix: a class of frozen matrices in place of the one for dtype (lib/int8.py)."""
+    floats = packing(device, dtype)
     matrix, plain = matrix or floats, {}  # plain: {what runs as written: why}
-    for block in model.h if pack else ():
+    for block in model.h:
         if not install(block, make_block, matrix, plain):
             if names := shipped.edited(block, made=True):
                 plain.setdefault('Block', as_written(names))

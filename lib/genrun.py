@@ -177,7 +177,7 @@ def build(run, kind):
     lines = lora.describe(model, wrapped) + runfolder.notes(model, args.method)
     device.place(model, run.dev, run.dtype)
     if not args.plain:
-        fast.speed_up(model, run.dev, run.dtype, pack=not args.compile)
+        fast.speed_up(model, run.dev, run.dtype)
     wrap_blocks(model, args)
     model.forward = model.logprob  # what DistributedDataParallel calls
     return model, original, lines

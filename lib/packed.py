@@ -96,7 +96,7 @@ class FastConv1D:
         return self.packed
 
     def __call__(self, x, gelu=False):  # (..., in) -> (..., out); gelu: GELU of it
-        if not frozen(self.conv):  # it began to train
+        if torch.compiler.is_compiling() or not frozen(self.conv):  # it began to train
             return type(self.conv).forward(self.conv, x)
         x = x.to(self.matrix.dtype)
         if not (torch.is_grad_enabled() and x.requires_grad):
@@ -128,7 +128,7 @@ class FastLoRA:
         return self.lora.A, self.lora.B
 
     def __call__(self, x, gelu=False):
-        if not frozen(self.lora.base):
+        if torch.compiler.is_compiling() or not frozen(self.lora.base):
             return type(self.lora).forward(self.lora, x)
         x = x.to(self.matrix.dtype)
         if self.folds(x, gelu):

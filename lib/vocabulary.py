@@ -112,7 +112,7 @@ class FastVocabulary:
     def __call__(self, h, target, scored):  # (B, T, C), (B, T), (B, T) -> (B, T)
         kind, W = h.device.type, self.model.wte.weight
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        if 'next_logits' in vars(self.model):  # another one
+        if torch.compiler.is_compiling() or 'next_logits' in vars(self.model):  # another one
             return type(self.model).next_logprobs(self.model, h, target, scored)
         packs = self.matrix and not W.requires_grad  # it may have begun to train
         if packs and self.of != stamp(W):

@@ -14,6 +14,7 @@ import lib.runs
 import lib.training
 import lora
 import predict
+from lib import ranks
 from lib.device import autocast, place
 from lib.fast import speed_up
 from lib.files import UserError, read_bytes, read_json
@@ -132,7 +133,7 @@ def test_gradient_checkpointing():
 
 
 def test_compile():
-    """--compile takes the same steps, to rounding."""
+    """--compile takes the same steps, to rounding; so does a script that compiles its net."""
     if not os.environ.get('NANOCLS_DATA'):
         skip('compiling takes 20 s: only with $NANOCLS_DATA')
     if not shutil.which(os.environ.get('CXX', 'g++')):
@@ -143,6 +144,9 @@ def test_compile():
     a, b = losses_of(train(*flags, '--compile')[0]), losses_of(train(*flags)[0])
     assert len(a) == len(b) == 6 and np.allclose(a, b, rtol=1e-4), (a, b)
     assert versions()['code'] == code, 'what torch.compile adds to model.py is no edit'
+    with patched(ranks, 'wrap', lambda net: torch.compile(net, dynamic=True)):
+        c = losses_of(train(*flags)[0])
+    assert len(c) == 6 and np.allclose(b, c, rtol=1e-4), (b, c)
 
 
 def test_frozen_weights_stay_bitwise():
