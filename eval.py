@@ -93,10 +93,8 @@ def load(args, infos):
 
     first = infos[0]['args']
     if not (first['data'] or args.data or args.test):
-        raise UserError(
-            f'{args.run[0]} was not trained here and has no data of its own: name it with --data '
-            'NAME, or score every row of a labelled file with --test FILE'
-        )
+        advice = 'name it with --data NAME, or score every row of a labelled file with --test FILE'
+        raise UserError(f'{args.run[0]} was not trained here and has no data of its own: {advice}')
     kw = dict(form=Format.of(vars(args), like=rundata.form_of(infos[0])))
     kw['data_dir'] = data_dir_of(infos[0], '', args.data_dir)
     if args.data:  # moved or not: balanced as in training, else test could hold training rows

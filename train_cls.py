@@ -26,7 +26,7 @@ from lib.graphs import GRAPH_WIDTH, Graphs, check_device
 from lib.init import inherit, start_from
 from lib.interrupt import interrupted, interruptible, memory_advice
 from lib.metrics import metrics, run_metrics, selection, softmax
-from lib.predictions import write_predictions
+from lib.predictions import unlike_saved, write_predictions
 from lib.repeat import several_runs
 from lib.report import counted, report
 from lib.resume import load_resume, restore, save_resume
@@ -236,7 +236,8 @@ def test(args, ds, headline):
         os.remove(os.path.join(args.out, 'resume.pt'))
     files.release(args.out)
     rows = counted(len(ds.test.y), 'row')
-    print(f'\n{headline}; test ({args.data}, {rows}):')
+    print('', *unlike_saved(run, ds.val.texts), sep='\n')
+    print(f'{headline}; test ({args.data}, {rows}):')
     print(report(results, ds.labels))
     print(f'\n{summary.suggestions(args.out, ds.test.texts[0])}')
     return dict(out=args.out, val=run.info['results'], test=results)

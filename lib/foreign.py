@@ -118,8 +118,6 @@ def base_named(path, name):
     if name in (*HUB_NAMES, *SHORT):
         return SHORT.get(name, name)
     names = ', '.join(HUB_NAMES.values())
-    raise UserError(
-        f'{path}/adapter_config.json: base_model_name_or_path is {name!r}, which is no folder here '
-        f'and not one of {names}; name its folder with --base, or copy it to '
-        f'{os.path.join(path, "base")}'
-    )
+    what = f'{path}/adapter_config.json: base_model_name_or_path is {name!r}, which is no folder'
+    advice = f'name its folder with --base, or copy it to {os.path.join(path, "base")}'
+    raise UserError(f'{what} here and not one of {names}; {advice}')

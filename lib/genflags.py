@@ -59,10 +59,8 @@ def inherit(args, given):
     its classes share must be the same."""
     info = runfolder.read_run(args.out)
     if info['kind'] != 'gen' or info['method'] not in ('lora', 'full'):
-        raise UserError(
-            f'--class_id: {args.out} is no generative run of --lora or --full, so it has no class '
-            'that can be trained alone'
-        )
+        why = 'is no generative run of --lora or --full, so it has no class that can be trained'
+        raise UserError(f'--class_id: {args.out} {why} alone')
     if given & {'lora', 'full'} and args.method != info['method']:
         method = f'{args.out} was trained with --{info["method"]}'
         raise UserError(f'--{args.method}: {method}; its classes must be alike')

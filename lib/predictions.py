@@ -20,6 +20,18 @@ def write_predictions(out, probs, y, labels):
     files.write_json(os.path.join(out, 'val_labels.json'), [labels[c] for c in y])
 
 
+def unlike_saved(run, texts):
+    """[a sentence] if an opened run gives its first validation texts other probabilities than
+    training wrote to val_preds.json: a script changed the model in a way that is not saved."""
+    rows = files.read_json(os.path.join(run.path, 'val_preds.json'))[:8]
+    want = np.array([list(row['probs'].values()) for row in rows])
+    apart = np.abs(run.probs(run.logits(texts[: len(rows)])) - want).max()
+    if apart < (0.005 if str(run.dtype) == 'torch.float32' else 0.1):
+        return []
+    text = f'opened, {run.path} gives validation texts other probabilities than in training'
+    return [f'note: {text} (by {apart:.2f}): edit model.py or lora.py, not the model in the script']
+
+
 def read_items(path):
     """The items of a JSON list, or of a file with one JSON value per line (predict.py --json)."""
     try:

@@ -127,10 +127,8 @@ def check(path, split, ds, hint):
     hint: the way out."""
     changed = [name for name, value in hashes(ds).items() if split and split[name] != value]
     if changed:
-        raise UserError(
-            f'{ds.name}, or data.py, has changed: its {" and ".join(changed)} rows are not those '
-            f'that {path} was trained with; restore it, or {hint}'
-        )
+        rows = f'its {" and ".join(changed)} rows are not those that {path} was trained with'
+        raise UserError(f'{ds.name}, or data.py, has changed: {rows}; restore it, or {hint}')
 
 
 def seen(path, texts):
@@ -157,11 +155,9 @@ def overlap(path, info, args, ds):
         own = set(ds.train.texts) if args.data or not args.test else ()
         unfair = sum(hit and text not in own for hit, text in zip(were, texts))
         if unfair:
-            raise UserError(
-                f'{path} was trained on {unfair:,} of these {len(texts):,} texts of {ds.name}: '
-                'train the runs with the same --split_seed, score texts that are new to all '
-                '(--test FILE), or add --allow_seen'
-            )
+            what = f'{path} was trained on {unfair:,} of these {len(texts):,} texts of {ds.name}'
+            advice = 'score texts that are new to all (--test FILE), or add --allow_seen'
+            raise UserError(f'{what}: train the runs with the same --split_seed, {advice}')
     return [f'trained on {were.sum():,} of these {len(texts):,} texts']
 
 
@@ -173,24 +169,19 @@ def match_labels(paths, infos, ds, y, out):
         unnamed = info['labels'] == [f'LABEL_{i}' for i in range(k)]
         if unnamed and not set(ds.labels) <= set(info['labels']):
             if k != len(ds.labels):
-                raise UserError(
-                    f'{path} does not name its {k} classes, and {ds.name} has {len(ds.labels)} '
-                    f'({listing(ds.labels)}): write their names into id2label in its config.json'
-                )
+                theirs = f'{ds.name} has {len(ds.labels)} ({listing(ds.labels)})'
+                advice = 'write their names into id2label in its config.json'
+                raise UserError(f'{path} does not name its {k} classes, and {theirs}: {advice}')
             print(f'{path} does not name its classes; taken in the order of ', end='', file=out)
             print(f'{ds.name}: {listing(ds.labels)}', file=out)
             info['labels'] = ds.labels
     labels = infos[0]['labels']
     for path, info in zip(paths, infos):
         if sorted(info['labels']) != sorted(labels):
-            raise UserError(
-                f'{path} has the labels {listing(info["labels"])}, {paths[0]} has '
-                f'{listing(labels)}: compare runs with the same labels'
-            )
+            other = f'{path} has the labels {listing(info["labels"])}, {paths[0]} has'
+            raise UserError(f'{other} {listing(labels)}: compare runs with the same labels')
     unknown = sorted({ds.labels[i] for i in np.unique(y)} - set(labels))
     if unknown:
-        raise UserError(
-            f'{ds.name} has labels that {paths[0]} does not know ({listing(unknown)}; it knows '
-            f'{listing(labels)}): rename them in the data, or train a run on it'
-        )
+        what = f'{ds.name} has labels that {paths[0]} does not know ({listing(unknown)}; it knows'
+        raise UserError(f'{what} {listing(labels)}): rename them in the data, or train a run on it')
     return np.array([labels.index(name) if name in labels else -1 for name in ds.labels])[y]

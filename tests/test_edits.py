@@ -685,7 +685,23 @@ def test_what_the_script_alone_changed_is_named():
     names = f'{__name__}.Mine, model.classify, a hook of h.*: in this script alone'
     assert names in text, text
     for flags in FLAGS.values():
-        assert 'in this script alone' not in train(*argv(*flags, '--max_steps', '1'))[1]
+        text = train(*argv(*flags, '--max_steps', '1'))[1]
+        assert 'in this script alone' not in text and 'other probabilities' not in text
+
+
+def test_a_run_that_is_not_what_was_trained_is_named():
+    """Whatever the script changed, and wherever: a hook, another pooling."""
+
+    def tripled(model, args):
+        model.score.register_forward_hook(lambda m, x, y: 3 * y)
+
+    def mean(model, args):
+        model.pooling = 'mean'
+
+    for change in (tripled, mean):
+        with patched(lib.training, 'wrap_blocks', change):
+            text = train(*argv('--full', '--max_steps', '20'))[1]
+        assert 'gives validation texts other probabilities than in training (by 0.' in text, text
 
 
 def test_a_copy_of_lora_is_refused():
