@@ -19,7 +19,7 @@ NAMES = dict(sms='SMS', sst2='SST-2', agnews='AG News', imdb='IMDB')
 METHODS = (
     'naive Bayes',
     'TF-IDF + logistic regression',
-    *('discriminative', 'generative'),
+    *('discriminative', 'discriminative, lr 3e-4', 'generative'),
     *('discriminative, LoRA', 'generative, LoRA', 'generative, LoRA, posterior'),
 )
 BOTH = 'discriminative', 'generative'
