@@ -1,7 +1,5 @@
 """lib/vocabulary.py: log-probabilities of next tokens in pieces."""
 
-import itertools
-
 import torch
 
 import lib.vocabulary
@@ -39,7 +37,11 @@ def test_gen_chunks_of_the_vocabulary():
     for trains in (False, True):
         results = []
         sizes = ((None, None), (4, 100), (1000, 1000), (23, 64), (5, 257), (1, 1))
-        for (rows, columns), kept in itertools.product(sizes, (0, M * V)):
+        for (rows, columns), kept in [
+            *((s, 0) for s in sizes),
+            ((4, 100), M * V),
+            ((23, 64), M * V),
+        ]:
             model = GPT(Config(1, 2, C, 8, V)).init_weights().requires_grad_(trains)
             torch.manual_seed(1)
             model.wte.weight.data.normal_()
