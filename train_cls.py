@@ -181,7 +181,7 @@ def main(argv=None):
         log.restart()
         return best
 
-    graphs = Graphs(loss_of, params.values(), scaler, [log.hits]) if args.cuda_graphs else None
+    graphs = Graphs(loss_of, model, scaler, [log.hits]) if args.cuda_graphs else None
 
     # --- loop ---
     with memory_advice(args), interruptible() as interrupt:

@@ -243,7 +243,7 @@ def train_phase(run, kind, label, number, resumed):
     opt = training.make_optimizer(model, plan.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=run.dtype == torch.float16)
     state = lora.learned(model), opt, scaler  # in resume.pt; add what it must keep
-    graphs = Graphs(phase.loss_of, params.values(), scaler) if args.cuda_graphs else None
+    graphs = Graphs(phase.loss_of, model, scaler) if args.cuda_graphs else None
     done, best = restore(resumed, *state) if resumed else (0, None)  # steps, score
     log = phase.log(done)
     if not done:

@@ -33,9 +33,10 @@ class Graphs:
     them. A graph replays operations on fixed addresses, so inputs are copied there, gradients are
     accumulated in place (zero_grad(set_to_none=False)), and fn must not synchronize the GPU."""
 
-    def __init__(self, fn, params, scaler, counts=()):
+    def __init__(self, fn, model, scaler, counts=()):
         """counts: tensors to which fn adds."""
-        self.fn, self.params, self.scaler, self.counts = fn, list(params), scaler, counts
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.fn, self.scaler, self.counts = fn, scaler, [*counts, *model.buffers()]
         self.recorded, self.pool = {}, None
         for p in self.params:
             p.grad = torch.zeros_like(p)

@@ -208,16 +208,23 @@ def test_graphs_take_the_same_steps():
 
 def test_graphs_keep_gradients_and_random_numbers():
     """Recording changes neither: in the step of a new shape the gradients of earlier parts are
-    there already, and dropout follows the seed."""
-    w, scaler = torch.nn.Parameter(torch.tensor(3.0)), torch.amp.GradScaler('cpu', enabled=False)
+    there already, and dropout follows the seed. Nor does it change buffers."""
+    scaler, model = torch.amp.GradScaler('cpu', enabled=False), torch.nn.Module()
+    w = model.w = torch.nn.Parameter(torch.tensor(3.0))
+    model.register_buffer('seen', torch.zeros(()))
+
+    def loss(x):
+        model.seen += 1  # as a BatchNorm does
+        return (w * x * torch.rand(())).sum()
+
     with patched(Graphs, 'capture', capture_on_cpu):
-        graphs = Graphs(lambda x: (w * x * torch.rand(())).sum(), [w], scaler)
+        graphs = Graphs(loss, model, scaler)
         draws = []
         for shape in (2, 2, 3):
             torch.manual_seed(5)
             draws.append(float(graphs(torch.tensor(0.5), torch.ones(shape)) / shape / 1.5))
         assert draws[0] == draws[1] and abs(draws[0] - draws[2]) < 1e-6
-        assert len(graphs.recorded) == 2
+        assert len(graphs.recorded) == 2 and model.seen == 3
         assert abs(float(w.grad) - 0.5 * draws[0] * (2 + 2 + 3)) < 1e-5
 
 
