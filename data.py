@@ -152,18 +152,15 @@ def load(
     return Dataset(name, labels, *splits, list(dict.fromkeys(notes)), form)
 
 
-def load_texts(
-    name, seed=1337, data_dir=None, val=None, test=None,
-    form=GUESSED, max_samples=None, balance=False,
-):  # fmt: skip
+def load_texts(name, seed=1337, form=GUESSED, max_samples=None, **others):
     """Texts for a language model, labels unused -> (train texts, val texts, notes).  Arguments: as
     in load (the same seed keeps the same texts out of train).  The demo gives its unlabelled
     sentences, a file that is no table every line."""
     if not os.path.isfile(name) or tables.kind_of(name) in tables.KINDS:
-        d = load(name, seed, data_dir, val, test, form, max_samples, balance)
+        d = load(name, seed, form=form, max_samples=max_samples, **others)
         train = demo.unlabelled(max_samples or 20000) if name == 'demo' else d.train.texts
         return train, d.val.texts, d.notes
-    unused = dict(form._replace(encoding=None)._asdict(), val=val, test=test, balance=balance)
+    unused = {**form._replace(encoding=None)._asdict(), **others, 'data_dir': None}
     if flag := next((flag for flag, value in unused.items() if value), None):
         raise UserError(f'--{flag} does nothing with {name}, which is read line by line')
     texts = list(dict.fromkeys(t for _, t in tables.read_rows(name, form) if t.strip()))
@@ -188,9 +185,8 @@ def sample(rows, labels, counts, rng):
     members = {label: [] for label in labels}
     for i, (_, label) in enumerate(rows):
         members[label].append(i)
-    return sorted(
-        i for label, n in zip(labels, counts) for i in rng.permutation(members[label])[:n]
-    )
+    chosen = [rng.permutation(members[label])[:n] for label, n in zip(labels, counts)]
+    return sorted(i for rows in chosen for i in rows)
 
 
 def cap(split, n, seed):

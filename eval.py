@@ -130,11 +130,8 @@ def score(args, out):
     for path, info, overlap in zip(args.run, infos, overlaps):
         run = runs.open_to_score(path, info, args)
         run.labels = info['labels']
-        print(
-            f'{path}: {info["method"]}, {ds.name} {args.split}, {counted(len(y), "text")} '
-            f'({run.device}, {str(run.dtype)[6:]}: {run.reason})',
-            file=out,
-        )
+        rows, place = counted(len(y), 'text'), f'{run.device}, {str(run.dtype)[6:]}: {run.reason}'
+        print(f'{path}: {info["method"]}, {ds.name} {args.split}, {rows} ({place})', file=out)
         if args.rule and run.kind != 'gen':
             raise UserError(f'{path} is a discriminative run: --rule is for generative ones')
         run.rule, run.windows = args.rule or run.rule, args.windows

@@ -170,13 +170,6 @@ def trainables(model):
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
 
 
-def learned(model):
-    """{name: tensor} of what trains, and of buffers: what a BatchNorm of an edit has seen."""
-    kept = model.state_dict().keys()
-    buffers = {n: b for n, b in model.named_buffers() if n in kept and b.is_floating_point()}
-    return {**trainables(model), **buffers}
-
-
 def count(model):
     """Number of parameters that train, and of all."""
     sets = dict(trainable=trainables(model).values(), total=model.parameters())

@@ -278,7 +278,7 @@ class GPT(nn.Module):
         headless = 'score.weight' in shapes.keys() - tensors.keys()
         misfit = f'{folder} does not hold a GPT-2 of {cfg} as in model.py'
         check_tensors(tensors, shapes, misfit + ' (new_head=True draws a head)' * headless)
-        tensors = {n: t.float() for n, t in tensors.items()}
+        tensors = {n: t.float() if t.is_floating_point() else t for n, t in tensors.items()}
         if added or checkpoints.has_plain_tensors(model):
             model = cls(cfg, num_labels).init_weights(only=added)
             tensors.update({n: t for n, t in model.state_dict().items() if n in added})

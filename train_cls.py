@@ -121,14 +121,14 @@ def main(argv=None):
     if not args.plain:  # the same numbers up to rounding, only faster: you may delete this
         fast.speed_up(model, dev, dtype)
     training.wrap_blocks(model, args)  # --gradient_checkpointing, --compile
-    params, net = lora.trainables(model), ranks.wrap(model.train())
+    net = ranks.wrap(model.train())
 
     # --- the steps ---
     lengths = np.minimum(train.lengths, args.max_length)  # (N,) tokens that are read
     plan = training.Plan(args, lengths, data.batches, args.max_steps, args.epochs, args.lr)
     opt = training.make_optimizer(model, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=dtype == torch.float16)
-    state = lora.learned(model), opt, scaler  # in resume.pt; add what it must keep
+    state = model, opt, scaler  # in resume.pt; add what has a state_dict(), such as schedulers
     settings = args.max_length, args.keep, dev, dtype  # for lib/scoring.py
     counts, balanced = np.bincount(ds.train.y), args.class_weights == 'balanced'
     weights = len(ds.train.y) / (len(counts) * counts) if balanced else np.ones(len(counts))  # (K,)
@@ -203,7 +203,7 @@ def main(argv=None):
                 loss = loss + part_loss.detach()  # a tensor: reading it would wait for the GPU
                 log.count(lengths[part].sum(), batch[0].numel())
             scaler.unscale_(opt)
-            norm = training.clip_grad_norm_(params.values(), args.clip)
+            norm = training.clip_grad_norm_(opt.param_groups, args.clip)
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=not graphs)
@@ -218,7 +218,7 @@ def main(argv=None):
         save_resume(args.out, args, done, best, *state, due=interrupt.evaluating)
         return interrupted(__file__, args.out, done, plan.max_steps)
     best = best or evaluate(done, best)  # no evaluation yet if an edit left the loop
-    model = net = params = opt = state = graphs = cached = original = resumed = None
+    model = net = opt = state = graphs = cached = original = resumed = None
     batch = part_loss = None
     gc.collect()  # the test needs their memory
     ranks.barrier()

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 
 import data
-import lora
 from lib import cli, device, files, flags, genflags, genrun, ranks, runs, summary, training
 from lib.classes import calibrate
 from lib.files import UserError
@@ -239,10 +238,10 @@ def train_phase(run, kind, label, number, resumed):
     """Train one model; resumed: its state, if it was interrupted. -> exit code if interrupted"""
     args, dev, phase = run.args, run.dev, Phase(run, kind, label, number)
     model, plan, lengths = phase.model, phase.plan, phase.lengths
-    params, phase.net = lora.trainables(model), ranks.wrap(model.train())
+    phase.net = ranks.wrap(model.train())
     opt = training.make_optimizer(model, plan.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(dev.type, enabled=run.dtype == torch.float16)
-    state = lora.learned(model), opt, scaler  # in resume.pt; add what it must keep
+    state = model, opt, scaler  # in resume.pt; add what has a state_dict(), such as schedulers
     graphs = Graphs(phase.loss_of, model, scaler) if args.cuda_graphs else None
     done, best = restore(resumed, *state) if resumed else (0, None)  # steps, score
     log = phase.log(done)
@@ -280,7 +279,7 @@ def train_phase(run, kind, label, number, resumed):
                 loss = loss + part_loss.detach()  # a tensor: reading it would wait for the GPU
                 log.count(lengths[part].sum(), batch[0].numel())
             scaler.unscale_(opt)
-            norm = training.clip_grad_norm_(params.values(), args.clip)
+            norm = training.clip_grad_norm_(opt.param_groups, args.clip)
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=not graphs)

@@ -89,8 +89,9 @@ def keep_freed_memory():
 def classify(self, ids, lengths):  # the last block at each text's last token alone
     blocks = [fast for fast in map(fast_forward, self.h) if isinstance(fast, FastBlock)]
     known = self.pooling == 'last' and not {'hidden', 'padded', 'pool'} & vars(self).keys()
+    known = known and isinstance(fast_forward(self.h[-1]), FastBlock)
     beside = (m for m in self.children() if m is not self.h)
-    if not (known and blocks) or hooked(beside) or any(block.touched() for block in blocks):
+    if not known or hooked(beside) or any(block.touched() for block in blocks):
         return type(self).classify(self, ids, lengths)
     x = self.embed(ids)
     last = x.shape[1] - ids.shape[1] + lengths - 1  # prompt vectors shift positions

@@ -17,7 +17,7 @@ from lib.device import autocast
 from lib.files import UserError
 from lib.report import counted
 from lib.scoring import in_batches
-from lib.tensors import give_back, stamp
+from lib.tensors import give_back, stamp, unchanged
 from lib.versions import code_of
 
 VERSION = 2  # of the files; raise it when their content changes
@@ -66,7 +66,7 @@ def cache(model, splits, *where):
 
 class Feed:
     """.net(ids, lengths, states) -> logits, as the .net.model(ids, lengths) gives them;
-    .states[name](index) -> states of those rows of a split."""
+    .states[name](index, ids) -> states of those rows of a split."""
 
     def __init__(self, model, depth, splits, where, fresh):
         others = [p.requires_grad for n, p in model.named_parameters() if n[:6] != 'score.']
@@ -81,23 +81,21 @@ class Feed:
     def agrees(self, model, name, tokens, max_length, keep, device, dtype):
         """Are the logits of a few rows of a split those of the model, to rounding, in evaluation
         and in training?"""
-        training, same, buffers = model.training, True, list(model.buffers())
-        before = [b.clone() for b in buffers]  # a BatchNorm counts what it reads
+        training, same = model.training, True
         index = np.unique([*range(min(8, len(tokens))), *np.argsort(-tokens.lengths)[:4]])
         ids, n = data.collate(tokens, index, max_length, keep, model.end, device)
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         for mode in (False, True):
             model.train(mode)
             found = []
-            for net, states in ((model, ()), (self.net, (self.states[name](index),))):
-                with torch.random.fork_rng(), autocast(device, dtype):
+            for net, states in ((model, ()), (self.net, (self.states[name](index, ids),))):
+                # a BatchNorm counts what it reads
+                with torch.random.fork_rng(), autocast(device, dtype), unchanged(model.buffers()):
                     torch.manual_seed(0)  # both drop the same
                     found.append(net(ids, n, *states).float())
             want, got = found
             same &= bool((want - got).abs().max() <= tolerance * want.abs().max())
         model.train(training)
-        for buffer, value in zip(buffers, before):
-            buffer.copy_(value)
         return same
 
 
@@ -190,9 +188,8 @@ def only(model, **modules):
 
 
 class FrozenStates:
-    """states(index (B,), ids (B, T)) -> (B, T, C) float32, padded with zeros; or (B, C). Without
-    ids T is the number of tokens of the longest text. The ids are those that the states are of; an
-    edit of the script that changes them is told so.
+    """states(index (B,), ids (B, T)) -> (B, T, C) float32, padded with zeros; or (B, C). The ids
+    are those that the states are of; an edit of the script that changes them is told so.
 
     They are in a file of the cache, in the compute precision ((B, C) in float32),
     memory-mapped; a GPU with room for them holds a copy. The file is named after all that they
@@ -239,9 +236,7 @@ class FrozenStates:
             self.flat = torch.zeros(n + 1, C, dtype=kind, device=device)  # the last row: pads
             self.flat[:n].copy_(mapped)
 
-    def __call__(self, index, ids=None):
-        if ids is None:
-            return self.read(index, 0)
+    def __call__(self, index, ids):
         states = self.read(index, ids.shape[1])
         states.of = ids, ids._version  # for check()
         if self.device.type == 'cpu':  # a GPU would be waited for
@@ -283,7 +278,8 @@ def key_of(model, tokens, settings):
     code = code_of({data.Split, *(c for m in model.modules() for c in type(m).__mro__)})
     h = hashlib.sha256(repr((VERSION, model.cfg, settings, code)).encode())
     weights = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    for name, t in {**weights, **dict(model.named_buffers())}.items():
+    buffers = {n: b for n, b in model.named_buffers() if n[:6] != 'score.'}
+    for name, t in {**weights, **buffers}.items():
         h.update(name.encode())
         h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         give_back(t)

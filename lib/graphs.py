@@ -5,6 +5,7 @@ import torch
 from lib import ranks
 from lib.device import pick_device
 from lib.files import UserError
+from lib.tensors import unchanged
 
 GRAPH_WIDTH = 8  # tokens; recorded batches are as wide as a multiple of it: fewer shapes to record
 
@@ -59,12 +60,9 @@ class Graphs:
     def record(self, places):
         """-> (tensors for the inputs, function that replays, tensor of the loss). Leaves gradients,
         counts and the random state as they were."""
-        kept = [p.grad for p in self.params] + [*self.counts]
-        before = [t.clone() for t in kept]
-        with torch.random.fork_rng([t.device for t in places[:1] if t.is_cuda]):
+        kept = [p.grad for p in self.params] + self.counts
+        with unchanged(kept), torch.random.fork_rng([t.device for t in places[:1] if t.is_cuda]):
             replay, loss = self.capture(places)
-        for t, value in zip(kept, before):
-            t.copy_(value)
         return places, replay, loss
 
     def capture(self, places):

@@ -5,7 +5,6 @@ import os
 
 import torch
 
-import lora
 from lib import flags, rundata, runfolder
 from lib.base import base_of
 from lib.files import UserError
@@ -54,14 +53,14 @@ def start_from(model, args, ds):
         return
     path, info = args.init, runfolder.read_run(args.init)
     source, old = runfolder.load_cls(path, info, args.data_dir), info['labels']
-    theirs = dict(source.named_parameters())
+    theirs = source.state_dict()
     if 'score.weight' not in theirs and ds.labels != old:
         why = 'its head, edited, has no row per label; the data must have the labels of that run'
         raise UserError(f'--init {path}: {why}: {listing(old)}')
     with torch.no_grad():
-        for name, p in lora.trainables(model).items():
-            if name != 'score.weight' and not torch.equal(p, theirs[name]):
-                p.copy_(theirs[name])
+        for name, t in model.state_dict().items():  # also buffers, and what an edit froze
+            if name != 'score.weight' and not torch.equal(t, theirs[name]):
+                t.copy_(theirs[name])
         for i, label in enumerate(ds.labels):
             if 'score.weight' in theirs and label in old:
                 model.score.weight[i] = source.score.weight[old.index(label)]

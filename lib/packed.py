@@ -143,9 +143,9 @@ class FastLoRA:
         enough for it to pay."""
         lora, (A, B) = self.lora, self.weights
         trains = A.requires_grad or B.requires_grad or (lora.training and lora.p)
-        thin = len(A) * A.shape[-2] <= A.shape[-1] // (4 if gelu else 16)
-        thin = A.dim() == 2 or thin and self.matrix.joins
-        return thin and not trains and not (torch.is_grad_enabled() and x.requires_grad)
+        thin = A.shape[:-1].numel() <= A.shape[-1] // (4 if gelu else 16)  # K r
+        folds = A.dim() == 2 or thin and self.matrix.joins
+        return folds and not trains and not (torch.is_grad_enabled() and x.requires_grad)
 
     def fold(self, x, gelu):
         """The layer as one packed product, GELU included. One update: W + scale (B A)^T, summed in
@@ -231,6 +231,8 @@ class ThinLoRA:
         self.lora = lora
 
     def __call__(self, x):
+        if torch.compiler.is_compiling():
+            return type(self.lora).forward(self.lora, x)
         A, B, scale = self.lora.A, self.lora.B, self.lora.scale
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # rounded once, before the mask

@@ -115,10 +115,8 @@ def chart(title, xlabel, xlim, ylim, lines, dots):
 def curves(series):
     """Loss and accuracy by step: series of lib/plots.read_log, {} without a log."""
     out = []
-    for title, keys in (
-        ('loss', ('loss', 'val_loss')),
-        ('accuracy', ('train_accuracy', 'val_accuracy', 'val_auc')),
-    ):
+    found = dict(loss=('loss', 'val_loss'), accuracy=('train_accuracy', 'val_accuracy', 'val_auc'))
+    for title, keys in found.items():
         shown = {key: series[key] for key in keys if key in series}
         if not shown:
             continue

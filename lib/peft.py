@@ -13,7 +13,7 @@ import lora
 from lib import files
 from lib.checkpoints import NAMES
 from lib.files import UserError
-from lib.tensors import check_tensors, load_bin, load_safetensors, save_safetensors
+from lib.tensors import check_tensors, learned, load_bin, load_safetensors, save_safetensors
 from lora import LoRA
 from model import GPT
 
@@ -48,7 +48,8 @@ def save_peft(folder, model, base_name, index=None):
         if len(layers) < len(targets) * cfg.n_layer:  # not in every block: full names
             targets = list(layers)
         r = m.A.shape[-2]
-        alpha, alphas = float(m.scale) * r, {n: float(x.scale) * r for n, x in layers.items()}
+        alphas = {n: float(x.scale) * x.A.shape[-2] for n, x in layers.items()}
+        alpha = float(m.scale) * r
         config.update(peft_type='LORA', r=r, lora_alpha=alpha, lora_dropout=m.p, bias='none')
         config.update(alpha_pattern={n: a for n, a in alphas.items() if a != alpha})
         config.update(fan_in_fan_out=True, target_modules=targets)
@@ -61,7 +62,7 @@ def save_peft(folder, model, base_name, index=None):
     if index is not None:
         tensors = {key: t[index] for key, t in tensors.items()}
     save_safetensors(os.path.join(folder, 'adapter_model.safetensors'), tensors)
-    more = {n: p.detach().float() for n, p in extras(model).items()}
+    more = {n: t.float() if t.is_floating_point() else t for n, t in extras(model).items()}
     if more and index is None:  # with classes, the weights of the one base are saved apart
         save_safetensors(os.path.join(folder, EXTRA), more)
     files.write_json(os.path.join(folder, 'adapter_config.json'), config)
@@ -87,8 +88,8 @@ def extras(model):
     """{name: tensor} of what training changes and has no place in a PEFT folder: what an edit of
     model.py or lora.py added, or does not freeze; of a classifier also buffers."""
     places = set(peft_names(model).values())
-    found = lora.learned(model) if model.num_labels else lora.trainables(model)
-    return {n: t for n, t in found.items() if n not in places}
+    found = learned(model) if model.num_labels else lora.trainables(model)
+    return {n: t.detach() for n, t in found.items() if n not in places}
 
 
 # --- reading ---

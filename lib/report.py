@@ -43,9 +43,10 @@ def report(m, labels):
     lines += ['   '.join(own)] if own else []  # of an edit of metrics()
     if cm.sum() < m['n']:
         lines.append(
-            f'coverage {m["coverage"]:.4f}: {counted(m["n"] - cm.sum(), "text")} without a label, '
-            f'counted as wrong; accuracy on the others {np.trace(cm) / max(cm.sum(), 1):.4f}'
+            f'coverage {m["coverage"]:.4f}: {counted(m["n"] - cm.sum(), "text")} without a'
         )
+        others = f'accuracy on the others {np.trace(cm) / max(cm.sum(), 1):.4f}'
+        lines[-1] += f' label, counted as wrong; {others}'
     names = [short(label, 30) for label in labels]
     width = max(map(len, names + ['class']))
     lines += ['', f'{"class":{width}}  precision  recall      F1  support']

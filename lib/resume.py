@@ -4,26 +4,24 @@ lib/genflags.py and lib/repeat.py."""
 import glob
 import os
 
+import numpy as np
 import torch
 
 from lib import files
 from lib.files import UserError
-from lib.tensors import load_pickle
+from lib.tensors import learned, load_pickle
 
 
-def save_resume(out, args, step, best, params, opt, scaler, *more, due=False):
+def save_resume(out, args, step, best, model, opt, scaler, *more, due=False):
     """Write out/resume.pt: all that the rest of the run depends on, in types that weights_only
     loads. more: what else an edit has with a state_dict(), such as schedulers. due: the evaluation
     after this step is still to be done. Batches and dropout are pure functions of seed and step,
     and the best weights are in the run folder already. Step 0 has nothing but the flags."""
+    best = best and tuple(np.array(x).item() for x in best)  # of an edit they may be numpy's
     state = dict(args=dict(vars(args)), step=step, best=best, due=due)
     if step:
-        state.update(
-            params={n: p.detach() for n, p in params.items()},
-            opt=opt.state_dict(),
-            scaler=scaler.state_dict(),
-            more=[x.state_dict() for x in more],
-        )
+        state.update(params=learned(model), opt=opt.state_dict(), scaler=scaler.state_dict())
+        state.update(more=[x.state_dict() for x in more])
     files.write_atomic(os.path.join(out, 'resume.pt'), lambda f: torch.save(state, f))
 
 
@@ -51,26 +49,23 @@ def load_resume(out):
     return saved
 
 
-def restore(saved, params, opt, scaler, *more):
+def restore(saved, model, opt, scaler, *more):
     """Put a saved state back. -> (steps done, best score so far)"""
     try:
         if saved['step']:
-            with torch.no_grad():
-                for n, p in params.items():
-                    p.copy_(saved['params'][n])
+            for n, t in learned(model).items():
+                t.copy_(saved['params'][n])
             groups = opt.state_dict()['param_groups']  # these settings come from the flags
             for group, old in zip(groups, saved['opt'].get('param_groups', ())):
                 own = old['lr'] != old.get('planned', old['lr'])  # see Plan.steps
                 if own or 'initial_lr' in {**group, **old}:  # but what the script set goes on
                     group.update({**old, 'params': group['params']})
             opt.load_state_dict(dict(state=saved['opt']['state'], param_groups=groups))
-            for p in params.values():
-                state = opt.state.get(p, {}) if type(opt) is torch.optim.AdamW else {}  # of ours
+            for p, state in opt.state.items() if type(opt) is torch.optim.AdamW else ():
                 shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
-                if state != {} and {k: t.shape for k, t in state.items()} != shapes:
+                if any(state[k].shape != shape for k, shape in shapes.items()):
                     raise ValueError('a state of another shape')
-                # fewer where float16 skipped steps
-                if state and not 0 <= float(state['step']) <= saved['step']:
+                if not 0 <= float(state['step']) <= saved['step']:  # float16 skips steps
                     raise ValueError('a state of other steps')
             scaler.load_state_dict(saved['scaler'])
             if len(more) != len(saved['more']):

@@ -28,6 +28,8 @@ def in_batches(fn, model, tokens, max_length, keep, device, dtype, progress=Fals
     own = order[ranks.rank() :: ranks.world_size()]  # this rank's texts
     was_training = model.training
     model.eval()
+    for buffer in model.buffers() if ranks.world_size() > 1 else ():
+        torch.distributed.broadcast(buffer, 0)  # a BatchNorm has seen other rows in each rank
     outputs, start = [], 0
     shown = progress and ranks.rank() == 0
     show = Progress(lengths[own], (0, 1) if progress is True else progress) if shown else None
@@ -89,7 +91,7 @@ def class_logits(model, tokens, *where, net=None, states=None, **options):
         net, states = model, None
 
     def fn(ids, n, index):
-        return net(ids, n, states(index)) if states else net(ids, n)
+        return net(ids, n, states(index, ids)) if states else net(ids, n)
 
     return in_batches(fn, model, tokens, *where, **options)
 

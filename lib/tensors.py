@@ -1,6 +1,7 @@
 """Tensors in files: safetensors, read memory-mapped and written; torch's pickles, read without
 running code. Called by model.py and the rooms that read, write or pack weights."""
 
+import contextlib
 import ctypes
 import json
 import math
@@ -129,6 +130,28 @@ def give_back(t):
     start, end = -(-start // page) * page, end // page * page
     if start < end:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 21)
+
+
+# --- tensors of a module ---
+
+
+def learned(module):
+    """{name: tensor} of what trains in a module, and of its buffers that are saved, such as what a
+    BatchNorm has seen."""
+    names = {n for n, p in module.named_parameters() if p.requires_grad}
+    names |= {n for n, _ in module.named_buffers()}
+    return {n: t for n, t in module.state_dict().items() if n in names}
+
+
+@contextlib.contextmanager
+def unchanged(tensors):
+    """Inside, these may change; afterwards they are as before."""
+    kept = [(t, t.clone()) for t in tensors]
+    try:
+        yield
+    finally:
+        for t, before in kept:
+            t.copy_(before)
 
 
 # --- what torch.save wrote ---

@@ -140,11 +140,12 @@ def make_optimizer(model, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
-def clip_grad_norm_(params, max_norm):
-    """torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, arXiv 1211.5063), 0 = off -> the norm
-    (). On a CPU by dot products, in two thirds of the time, and it skips the scaling when it is not
-    needed (on a GPU that test would synchronize)."""
-    max_norm, grads = max_norm or math.inf, [p.grad for p in params if p.grad is not None]
+def clip_grad_norm_(groups, max_norm):
+    """torch.nn.utils.clip_grad_norm_ (Pascanu et al. 2013, arXiv 1211.5063) over all groups of an
+    optimizer, 0 = off -> the norm (). On a CPU by dot products, in two thirds of the time, and it
+    skips the scaling when it is not needed (on a GPU that test would synchronize)."""
+    params = [p for group in groups for p in group['params'] if p.grad is not None]
+    max_norm, grads = max_norm or math.inf, [p.grad for p in params]
     if any(g.device.type != 'cpu' for g in grads):
         return nn.utils.clip_grad_norm_(params, max_norm)
     norm = torch.stack([g.dot(g) for g in map(torch.flatten, grads)]).sum().sqrt()

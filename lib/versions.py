@@ -4,6 +4,7 @@ lib/runfolder.py, lib/genrun.py, lib/runs.py, and lib/frozen.py, whose states de
 import hashlib
 import os
 import platform
+import re
 import sys
 from types import CodeType, ModuleType
 
@@ -14,8 +15,10 @@ import data
 import lora
 import model
 from lib import scoring, tokens
+from lib.shipped import code
 
 CONSTANTS = (bool, int, float, str, tuple, list, dict, type(None))
+ADDRESS = re.compile(' at 0x[0-9a-f]+')  # of a function, another one in every process
 
 
 def versions():
@@ -29,20 +32,20 @@ def versions():
 
 def edited(info):
     """Was a run (info: its run.json) trained with other code, if that is known?"""
-    then, now = info.get('versions') or {}, versions()
-    return then.get('python') == now['python'] and then.get('code', now['code']) != now['code']
+    now = versions()['code']
+    return (info.get('versions') or {}).get('code', now) != now
 
 
 def note_edits(path, info):
     """Say so if it was."""
     if edited(info):
-        code = 'other code (model.py, lora.py, or what reads texts)'
-        print(f'note: {path} was trained with {code} and now runs with this', file=sys.stderr)
+        other = 'other code (model.py, lora.py, or what reads texts)'
+        print(f'note: {path} was trained with {other} and now runs with this', file=sys.stderr)
 
 
 def code_of(classes, functions=()):
     """Hash of the code of classes, of functions and constants of their files and of those beside
-    them that these import, and of functions. Comments do not count; Python's version does."""
+    them that these import, and of functions. Comments do not count."""
     classes = {c for c in classes if c.__module__.split('.')[0] not in ('torch', 'builtins')}
     found = [(c.__qualname__, vars(c)) for c in classes]
     found.append(('', {f.__name__: f for f in functions}))
@@ -53,11 +56,12 @@ def code_of(classes, functions=()):
     for name, members in sorted(found, key=lambda item: item[0]):
         for key, value in sorted(members.items()):
             f = getattr(value, 'fget', None) or getattr(value, '__func__', value)
-            if isinstance(getattr(f, '__code__', None), CodeType):
-                defaults = (f.__defaults__, f.__kwdefaults__)
-                h.update(repr((name, key, defaults, flattened(f.__code__))).encode())
-            elif isinstance(value, CONSTANTS) and not key.startswith('__'):
-                h.update(repr((name, key, value)).encode())
+            compiled = getattr(f, '__code__', None)
+            if isinstance(compiled, CodeType):
+                value = code(f) or (compiled.co_code, compiled.co_consts)
+            elif not isinstance(value, CONSTANTS) or key.startswith('__'):
+                continue
+            h.update(ADDRESS.sub('', repr((name, key, value))).encode())
     return h.hexdigest()[:16]
 
 
@@ -80,9 +84,3 @@ def files_of(classes):
 def folder_of(module):
     path = getattr(module, '__file__', None)
     return path and os.path.dirname(os.path.abspath(path))
-
-
-def flattened(code):
-    """A code object without its line numbers and file name."""
-    consts = [flattened(c) if isinstance(c, CodeType) else c for c in code.co_consts]
-    return code.co_code, code.co_names, code.co_varnames, consts

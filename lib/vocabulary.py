@@ -79,6 +79,7 @@ class NextLogprobs(torch.autograd.Function):
             (grad,) = ctx.saved_tensors
             return g[:, None].to(grad.dtype) * grad, None, None, None
         h, W, target, tops, totals = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, []  # a second backward pass computes them again
         dh = W[target].float() * g[:, None]  # summed in float32: bfloat16 would round 13 times
         dW = torch.zeros_like(W, dtype=torch.float32)
         dW.index_add_(0, target, h.float() * g[:, None])
@@ -86,7 +87,7 @@ class NextLogprobs(torch.autograd.Function):
             last, scale = tops[piece], -g[piece, None] / totals[piece]
             logits = NextLogprobs.logits(part, W, shift, None)
             again = ((columns, x.sub_(last).exp_(), last) for columns, x in logits)
-            for columns, e, top in ctx.kept[i] if ctx.kept else again:
+            for columns, e, top in kept[i] if kept else again:
                 e = (e * ((top - last).exp() * scale)).to(h.dtype)
                 dh[piece] += e @ W[columns]
                 dW[columns] += e.t() @ part
@@ -119,7 +120,7 @@ class FastVocabulary:
             self.packed, self.of = packed_vocabulary(W, self.matrix), stamp(W)
         packed = self.packed if packs else None
         with torch.autocast(kind, enabled=False):
-            W = W.to(dtype)
+            W = (W if torch.is_grad_enabled() else W.detach()).to(dtype)
             if kind != 'cpu':  # boolean indexing would synchronize
                 out = NextLogprobs.apply(h.flatten(0, 1).to(dtype), W, target.flatten(), None)
                 return out.view(target.shape).where(scored, 0.0)

@@ -238,15 +238,25 @@ def test_resume_holds_what_an_edit_added():
 
 
 def test_what_a_batch_norm_has_seen_is_kept():
-    """Statistics of a head are saved with every method, and resumed."""
+    """Statistics of a head are saved with every method, resumed, and taken along by --init; so is
+    a buffer that an edit replaces, and one of integers."""
     init, _ = GPT.__init__, place()  # made without the edit
 
     def start(self, *a, **k):
         init(self, *a, **k)
         if self.num_labels:
-            self.score = nn.Sequential(nn.BatchNorm1d(32), nn.Linear(32, self.num_labels))
+            inner = nn.BatchNorm1d(32, momentum=None)  # which counts its batches
+            self.score = nn.Sequential(inner, nn.Linear(32, self.num_labels))
+            self.score.register_buffer('seen', torch.zeros(()))
+            self.register_buffer('mask', torch.arange(32) < 20)
 
-    with patched(GPT, '__init__', start):
+    def classify(self, ids, lengths):
+        state = self.pool(self.hidden(ids), lengths)
+        if self.training:
+            self.score.seen = self.score.seen + 1
+        return self.score(state.masked_fill(self.mask, 0.0)) / (1 + self.score.seen)
+
+    with patched(GPT, '__init__', start), patched(GPT, 'classify', classify):
         for method in METHODS:
             out, _ = train(*argv(*FLAGS[method]))
             run = open_run(out, 'cpu', 'fp32')
@@ -259,6 +269,47 @@ def test_what_a_batch_norm_has_seen_is_kept():
             train_cls.main(['--resume', '--out', again])
             losses = [[row.get('val_loss') for row in records(o)] for o in (out, again)]
             assert losses[0][-1] == losses[1][-1] and losses[0][-1], (method, losses)
+            still = '--max_steps 1 --lr 1e-30 --batch_size 8 --dtype fp32'.split()
+            new = open_run(train('--init', out, *argv()[:2], *still)[0], 'cpu', 'fp32')
+            assert float(new.model.score.seen) == float(run.model.score.seen) + 1 > 1, method
+
+
+def test_scores_and_optimizers_of_an_edit_are_resumed():
+    """numpy's numbers in the score; AdamW with a third state per parameter."""
+    from lib.training import make_optimizer
+
+    def amsgrad(*a, **k):
+        opt = make_optimizer(*a, **k)
+        return torch.optim.AdamW([{**group, 'amsgrad': True} for group in opt.param_groups])
+
+    select, out = train_cls.selection, os.path.join(tmp(), 'run')
+    with (
+        patched(lib.training, 'make_optimizer', amsgrad),
+        patched(train_cls, 'selection', lambda *a: tuple(map(np.float64, select(*a)))),
+    ):
+        whole, _ = train(*argv('--lora'))
+        with patched(train_cls.training.Plan, 'evaluates', stop_after(2)):
+            raises(Stop, train_cls.main, argv('--lora', '--out', out))
+        train_cls.main(['--resume', '--out', out])
+    a, b = (load_safetensors(f'{folder}/adapter_model.safetensors') for folder in (whole, out))
+    assert a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
+
+
+def test_lora_of_several_ranks_is_read_back():
+    """The scale of a layer is its own, whatever the rank of the first."""
+    init, _ = LoRA.__init__, place()
+
+    def start(self, base, r, *rest):
+        wider = base.weight.shape[1] == 4 * base.weight.shape[0]  # c_fc
+        init(self, base, r * (1 + wider), *rest)
+
+    with patched(LoRA, '__init__', start):
+        out, _ = train(*argv('--lora', '--max_steps', '20'))
+        run = open_run(out, 'cpu', 'fp32')
+        ranks = {m.A.shape[0] for m in run.model.modules() if isinstance(m, LoRA)}
+        val, want = own_data(run.info).val, run.info['results']['val_loss']
+    nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+    assert len(ranks) == 2 and abs(nll - want) < 1e-5, (ranks, nll, want)
 
 
 def stop_after(last):
@@ -599,6 +650,7 @@ def test_what_changes_after_speed_up_is_computed():
         part=lambda model: setattr(model.h[1], 'mlp', nn.Identity()),
         forward=lambda model: setattr(model.h[1].mlp, 'forward', lambda x: x / 2),
         logits=lambda model: setattr(model, 'next_logits', lambda h: h @ model.wte.weight.t() / 2),
+        last=lambda model: setattr(model.h[-1], 'forward', lambda x: x / 2),
     )
     for name, change in changes.items():
         for trains in (False, True):

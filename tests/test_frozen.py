@@ -76,14 +76,15 @@ def test_frozen_states_are_what_the_blocks_give():
                         found = [p.grad.flatten() for p in trained if p.grad is not None]
                         grads.append(torch.cat(found))
                     assert far(*grads) < limit and grads[0].abs().max() > 0
-                    assert states(index).dtype == torch.float32
+                    assert states(index, ids).dtype == torch.float32
                     with patched(type(feed.net), 'states_of', None):  # computing again would fail
                         again = frozen.Feed(model, depth, dict(train=tokens), how, False)
-                        assert torch.equal(again.states['train'](index), states(index))
+                        held = again.states['train'](index, ids)
+                        assert torch.equal(held, states(index, ids))
                     with patched(frozen, 'fits', lambda device, size: True):  # those on a GPU
                         again = frozen.Feed(model, depth, dict(train=tokens), how, False)
                         assert again.states['train'].flat.shape[0] == states.flat.shape[0] + 1
-                        for wide in (None, F.pad(ids, (0, 8), value=256)):
+                        for wide in (ids, F.pad(ids, (0, 8), value=256)):
                             held = again.states['train'](index, wide)
                             assert torch.equal(held, states(index, wide)), method
 
@@ -216,6 +217,8 @@ def test_frozen_states_are_named_after_what_they_come_from():
         with torch.no_grad():
             model.score.weight.add_(1), model.h[-1].mlp.c_fc.weight.add_(1)
         assert name() == first and len(first) == 1
+        model.score.register_buffer('seen', torch.ones(3))
+        assert name() == first, 'what the head has seen is not below it'
         half, _, bf16 = example('last', torch.bfloat16, last=1)
         changes = [
             ('max_length', dict(how=(29, *how[1:]))),

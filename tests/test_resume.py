@@ -240,13 +240,13 @@ def test_resume_state_is_checked():
             scaler=scaler.state_dict(),
             more=[],
         )
-        assert restore(saved, params, torch.optim.AdamW(params.values()), scaler) == (1, None)
+        assert restore(saved, layer, torch.optim.AdamW(params.values()), scaler) == (1, None)
         state[0] = {**state[0], **change} if change else change
         raises(
             UserError,
             restore,
             saved,
-            params,
+            layer,
             torch.optim.AdamW(params.values()),
             scaler,
             match='resume.pt',

@@ -6,7 +6,9 @@ import os
 import numpy as np
 import torch
 
+import data
 import lora
+import model as model_module
 import predict
 from lib import export, frozen, runfolder, shipped
 from lib.files import UserError
@@ -14,6 +16,7 @@ from lib.metrics import metrics, softmax
 from lib.rundata import own_data
 from lib.runs import open_run
 from lib.tokens import tokenize, tokenizer
+from lib.versions import versions
 from model import GPT, Attention, Block, Embedding, Head
 from tests.helpers import (
     CPU,
@@ -155,8 +158,9 @@ def test_an_edit_of_an_embedding_or_of_the_head_is_not_cached():
     with fresh_cache():
         with patched(GPT, 'classify', classify):
             feed = frozen.cache(small.train(), splits, *where)
-            states = feed.states['train'](np.arange(2))
-            a, b = (feed.net(ids[:2, :3], torch.tensor([3, 2]), states) for _ in range(2))
+            ids, n = data.collate(tokens, np.arange(2), 16, 'first', small.end)
+            states = feed.states['train'](np.arange(2), ids)
+            a, b = (feed.net(ids, n, states) for _ in range(2))
             assert not torch.equal(a, b)
         with patched(Embedding, 'forward', noisy):
             assert not frozen.cache(small, splits, *where)
@@ -215,3 +219,21 @@ def test_a_scale_of_lora_per_layer_opens_in_peft():
     with patched(lora, 'LoRA', PerLayer):
         out, _ = train(*TINY, *'--lora --dtype fp32 --lr 1e-2 --epochs 3'.split())
         assert_same(open_run(out, 'cpu', 'fp32'), AutoPeft.from_pretrained(out).eval(), 'PerLayer')
+
+
+def test_the_hash_of_the_code_is_the_same_in_every_process():
+    """A table of functions is hashed by their names, not by where they are in memory."""
+    found = []
+    for _ in range(2):
+        scope = {}
+        exec('def act(x): return x', scope)
+        found.append(scope['act'])
+    before = versions()['code']
+    try:
+        hashes = []
+        for act in found:
+            model_module.ACTS = dict(act=act)
+            hashes.append(versions()['code'])
+    finally:
+        del model_module.ACTS
+    assert hashes[0] == hashes[1] != before == versions()['code']

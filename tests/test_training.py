@@ -113,7 +113,10 @@ def test_clipping_is_that_of_torch():
     for shift in (0.0, math.nan):
         for limit in (0.0, 1.0, 1e3):
             sets = []
-            for clip in (clip_grad_norm_, of_torch):
+            for clip in (
+                lambda params, limit: clip_grad_norm_([dict(params=params)], limit),
+                of_torch,
+            ):
                 torch.manual_seed(1)
                 params = [torch.nn.Parameter(torch.zeros(s)) for s in ((4, 3), (5,), (2,))]
                 params[0].grad = torch.randn(3, 4).t() + shift  # of other strides

@@ -95,6 +95,27 @@ def test_vocabulary_in_place_of_next_logprobs():
         assert ((results[1][0] == 0) == ~scored).all()
 
 
+def test_exponentials_are_kept_for_backward_alone():
+    """None in an evaluation, and none after backward: a second one computes them again."""
+    model, apply, trained = formula_model(), NextLogprobs.apply, []
+    h, target, scored = torch.randn(2, 5, 64), torch.randint(257, (2, 5)), torch.ones(2, 5) > 0
+
+    def spy(h, W, *rest):
+        trained.append(W.requires_grad)
+        return apply(h, W, *rest)
+
+    with patched(NextLogprobs, 'apply', spy):
+        with torch.no_grad():
+            FastVocabulary(model)(h, target, scored)
+        FastVocabulary(model)(h, target, scored)
+    assert trained == [False, True]
+    W = model.wte.weight
+    out = NextLogprobs.apply(h[0], W, target[0])
+    assert out.grad_fn.kept
+    grads = [torch.autograd.grad(out.sum(), W, retain_graph=True)[0] for _ in range(2)]
+    assert not out.grad_fn.kept and far(*grads) < 1e-5
+
+
 def test_gen_bfloat16_of_the_vocabulary(matrix=None):
     """In bfloat16 log p is as exact as rounded factors allow, though all logits lie near -100,
     where bfloat16 is 0.5 apart; gradients too."""
