@@ -127,6 +127,7 @@ def score(args, out):
     split, first = getattr(ds, args.split), infos[0]
     texts, y = split.texts, rundata.match_labels(args.run, infos, ds, split.y, out)
     every, overlaps = [], [rundata.overlap(*pair, args, ds) for pair in zip(args.run, infos)]
+    overlaps[0][:0] = ds.notes if args.data else []
     for path, info, overlap in zip(args.run, infos, overlaps):
         run = runs.open_to_score(path, info, args)
         run.labels = info['labels']

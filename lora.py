@@ -186,9 +186,8 @@ def describe(model, wrapped):
         rows[f'h.*.{name.split(".", 2)[2]:<12} {what}'] += 1
     train, total = count(model).values()
     share = 100 * train / total
-    return [f'  {k} times {line}' for line, k in rows.items()] + [
-        f'training {train:,} of {total:,} parameters ({share:.2f} %)'
-    ]
+    lines = [f'  {k} times {line}' for line, k in rows.items()]
+    return [*lines, f'training {train:,} of {total:,} parameters ({share:.2f} %)']
 
 
 # --- states and merging ---

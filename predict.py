@@ -102,8 +102,8 @@ def check(args, given):
     places = [os.path.realpath(path) for path in (args.file, args.out, args.html) if path]
     if len({*places}) < len(places):
         raise UserError('--file, --out and --html must be different files')
-    if ranks.world_size() > 1 and not (args.text or args.file or args.export):
-        raise UserError('several processes cannot share standard input; give texts or --file')
+    if ranks.world_size() > 1 and not (args.text or args.file):
+        raise UserError('several processes share texts or --file, nothing else: start one')
 
 
 def check_run(run, args, given):
@@ -142,11 +142,11 @@ def answers(run, texts, tokens, args):
         yield record
 
 
-def rows_of(run, args):
+def rows_of(run, args, notes):
     """Pairs of the columns of a row, {name: field}, and the text to classify, one by one."""
     if args.file:
         form = tables.Format.of(vars(args), like=rundata.form_of(run.info))
-        return tables.read_rows(args.file, form)
+        return tables.read_rows(args.file, form, notes)
     texts = args.text or (line.rstrip('\r\n') for line in sys.stdin)
     return ((dict(text=text), text) for text in texts)
 
@@ -166,7 +166,7 @@ def main(argv=None):
         return
 
     run.rule, run.windows = args.rule or run.rule, args.windows
-    paragraphs, lengths, table = [], [], args.out and Table.of(args.out)
+    paragraphs, lengths, notes, table = [], [], [], args.out and Table.of(args.out)
     screen = sys.stdout.isatty() and not args.out
     from_stdin = not args.text and not args.file
     if from_stdin:
@@ -190,18 +190,19 @@ def main(argv=None):
                     paragraphs.append(paragraph(record))
                 yield show(row, record)
 
+    found = lines(rows_of(run, args, notes))
     if from_stdin and not args.out and sys.stdin.isatty():
         prompt(args.run, run.labels, lines)
     elif args.out:
-        encoded = (line.encode('utf-8', 'replace') + b'\n' for line in lines(rows_of(run, args)))
+        encoded = (line.encode('utf-8', 'replace') + b'\n' for line in found)
         files.write_atomic(args.out, lambda f: f.writelines(encoded))
     else:
-        for line in lines(rows_of(run, args)):
+        for line in found:
             print(line)
     if args.html:
         page = PAGE.format(title=html.escape(args.run), legend=LEGEND, body=''.join(paragraphs))
         files.write_atomic(args.html, page)
-    notes = [f'wrote {path}' for path in (args.out, args.html) if path]
+    notes += [f'wrote {path}' for path in (args.out, args.html) if path]
     if lengths and not args.windows:
         notes += cut_note(np.concatenate(lengths), run.args['max_length'])
     for note in notes if ranks.rank() == 0 else ():

@@ -108,7 +108,7 @@ def base_of(path, info, data_dir=None, moved=None):
     if sha256 is None:  # random weights that were not kept, or a folder from elsewhere
         return where
     if not os.path.isdir(where):
-        advice = f'name its new place with --base, or copy it to {stored}'
+        advice = f'name its new place with --base (predict.py, eval.py), or copy it to {stored}'
         raise UserError(f'{path}: its base model {name} is no longer there; {advice}')
     current = checkpoints.base_sha256(where)
     if current != sha256:

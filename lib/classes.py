@@ -78,10 +78,8 @@ def promote(done, out):
 
 def had_posterior(out, folders):
     """Have all classes of a run, in these folders, had their posterior steps?"""
-    return all(
-        finished(out, f) and 'posterior_steps' in files.read_object(f'{out}/{f}/class.json')
-        for f in folders
-    )
+    records = [files.read_object(f'{out}/{f}/class.json') for f in folders if finished(out, f)]
+    return len(records) == len(folders) and all('posterior_steps' in r for r in records)
 
 
 def leaked(old, args, ds):
@@ -113,13 +111,16 @@ def calibrate(run, logits, y):
     """Fit tau and biases of an opened run to the logits (N, K) of its validation rows, of classes
     y (N,). -> what run.json says of them, for run.decide_by()
 
-    tau and b of fit_calibration, unless they cost accuracy on these rows; then the temperature of
-    Bayes' rule as a whole, (log P(text | c) + log P(c)) / tau, which changes no decision."""
+    tau and b of fit_calibration, unless they cost accuracy on these rows or a class has none; then
+    the temperature of Bayes' rule as a whole, (log P(text | c) + log P(c)) / tau, which changes no
+    decision."""
     prior, fitted = run.log_prior, 'tau and a bias per class'
     run.tau, run.bias = fit_calibration(logits - prior, prior, y)
-    if (run.calibrated(logits).argmax(1) == y).sum() < (logits.argmax(1) == y).sum():
+    absent = len(np.unique(y)) < len(run.labels)  # a class of which nothing is known
+    if absent or (run.calibrated(logits).argmax(1) == y).sum() < (logits.argmax(1) == y).sum():
         run.tau, _ = fit_calibration(logits, np.zeros_like(prior), y, biased=False)
-        run.bias, fitted = prior / run.tau - prior, 'tau alone: biases would cost accuracy'
+        why = 'a class has no validation row' if absent else 'biases would cost accuracy'
+        run.bias, fitted = prior / run.tau - prior, f'tau alone: {why}'
     bias = dict(zip(run.labels, run.bias.tolist()))
     return dict(rule='calibrated', calibration=dict(tau=run.tau, bias=bias, fitted=fitted))
 

@@ -34,10 +34,8 @@ def export(path, folder, data_dir=None, base=None):
     if run.kind == 'gen':
         models = [model for model, _ in run.passes]
         joint = bool(run.model.classes)
-        parts = [
-            (run.info['folders'][label], models[0 if joint else i], i if joint else None)
-            for i, label in enumerate(run.labels)
-        ]
+        names = [run.info['folders'][label] for label in run.labels]
+        parts = [(n, models[0 if joint else i], i if joint else None) for i, n in enumerate(names)]
     written = tokenizer_files(run, data_dir)
     temp = f'{os.path.abspath(folder)}.{os.getpid()}.tmp'
     try:

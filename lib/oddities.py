@@ -2,6 +2,7 @@
 
 import collections
 import re
+import unicodedata
 
 from lib.report import counted, listing
 
@@ -35,7 +36,8 @@ def of_labels(rows, labels):
             yield f'{counted(counts[label], "row")} of {label!r}, here a label like any other'
     alike = collections.defaultdict(list)
     for label in labels:
-        alike[' '.join(label.split()).casefold()].append(label)
+        plain = unicodedata.normalize('NFKC', label)
+        alike[' '.join(plain.split()).casefold()].append(label)
     for same in alike.values():
         if len(same) > 1:
             names = ', '.join(map(repr, same))

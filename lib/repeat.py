@@ -83,12 +83,13 @@ def state_of(path, args, given):
     results = os.path.join(path, 'eval_results.json')
     if work or not os.path.exists(results):
         return 'interrupted'
+    rundata.check(path, info['split'], rundata.own_data(info, args.data_dir), 'name another --out')
     return dict(out=path, val=info['results'], test=files.read_object(results))
 
 
 def out_of_fold(args, paths):
-    """Runs of --folds -> the training rows, and probabilities (N, K) of each by the run that did
-    not train on it."""
+    """Runs of --folds -> run.json of the first, the training rows, and probabilities (N, K) of each
+    by the run that did not train on it."""
     info = runfolder.read_run(paths[0])
     info['args']['folds'] = None
     ds = rundata.own_data(info, args.data_dir)
@@ -98,14 +99,13 @@ def out_of_fold(args, paths):
         rows = np.flatnonzero(of == i)
         opened = runs.open_run(path, args.device, args.dtype, args.data_dir, args.plain)
         probs[rows] = softmax(opened.logits([ds.train.texts[r] for r in rows]))
-    return ds, probs
+    return info, ds, probs
 
 
 def suspects(args, out, paths):
     """Write suspects.csv: the training rows whose label is not the likeliest under the run that did
     not train on them, least likely label first. row: 1 is the first labelled row of the file."""
-    ds, probs = out_of_fold(args, paths)
-    info = runfolder.read_run(paths[0])
+    info, ds, probs = out_of_fold(args, paths)
     of_run, form, where = info['args'], rundata.form_of(info), data_dir_of(info, '', args.data_dir)
     read = data.read(of_run['data'], where, of_run['val'], of_run['test'], form, [])[0]
     numbers = {row: i for i, row in reversed([*enumerate(read['train'], 1)])}

@@ -76,7 +76,5 @@ def restore(saved, model, opt, scaler, *more):
             raise ValueError('a score that is no number')
         return saved['step'], saved['best']
     except Exception as e:  # torch raises half a dozen types for what does not fit
-        reason = type(e).__name__
-        raise UserError(
-            f'resume.pt does not fit this run ({reason}); remove it and start the run again'
-        ) from None
+        what = f'resume.pt does not fit this run ({type(e).__name__})'
+        raise UserError(f'{what}; remove it and start the run again') from None

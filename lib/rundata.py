@@ -28,10 +28,9 @@ def own_data(info, data_dir=None):
     except UserError:
         if args['data'] in data.READERS or os.path.exists(args['data']):
             raise
-        raise UserError(
-            f'{args["data"]}, the training data of this run, is not there: start from the folder '
-            'it was trained in, or give its new path with --data'
-        ) from None
+        what = f'{args["data"]}, the training data of this run, is not there'
+        advice = 'start from the folder it was trained in, or give its new path with --data'
+        raise UserError(f'{what}: {advice}') from None
     return shorten(ds, args)
 
 

@@ -187,8 +187,8 @@ class GenRun(Run):
         if answers:  # contextual calibration (Zhao et al. 2021, arXiv 2102.09690)
             self.neutral = np.zeros(len(self.labels), np.float32)
             neutral = self.logprobs_of(tokenize(self.enc, NEUTRAL, cache=False))
-            p = np.exp(neutral - np.logaddexp.reduce(neutral, axis=1, keepdims=True))  # (texts, K)
-            self.neutral = np.log(p.mean(0))
+            p = neutral - np.logaddexp.reduce(neutral, axis=1, keepdims=True)  # (texts, K)
+            self.neutral = np.logaddexp.reduce(p, axis=0) - np.float32(np.log(len(p)))
 
     def decide_by(self, info):
         """Take rule, tau and biases from the contents of run.json; without them, Bayes' rule."""

@@ -43,10 +43,9 @@ def in_batches(fn, model, tokens, max_length, keep, device, dtype, progress=Fals
                     outputs.append(fn(ids, n, index).float())
             except torch.OutOfMemoryError:
                 if len(index) == 1:
-                    raise UserError(
-                        f'out of memory with a single text of {counted(longest, "token")}; '
-                        'try a smaller --max_length or another --device'
-                    ) from None
+                    what = f'out of memory with a single text of {counted(longest, "token")}'
+                    advice = 'try a smaller --max_length or another --device'
+                    raise UserError(f'{what}; {advice}') from None
                 batch_tokens //= 2  # the results do not depend on it
                 continue
             start += len(index)

@@ -29,10 +29,8 @@ def by_method(paths, infos):
         groups.setdefault(json.dumps(key, sort_keys=True), []).append(i)
     methods = {named(group[0], kinds, flags): group for group in groups.values()}
     if max(map(len, methods.values())) < 2:
-        raise UserError(
-            '--mean needs two runs or more of a method, which differ in --seed alone; these all '
-            f'differ in more: {", ".join(methods)}'
-        )
+        what = '--mean needs two runs or more of a method, which differ in --seed alone'
+        raise UserError(f'{what}; these all differ in more: {", ".join(methods)}')
     for group in methods.values():
         of = {}
         for i in group:

@@ -181,14 +181,15 @@ def text_of(where, row, text_cols):
     return mend(' '.join(row[c] for c in text_cols if row[c]))
 
 
-def read_rows(path, form=GUESSED):
+def read_rows(path, form=GUESSED, notes=None):
     """Yield ({column: field}, text) of a file, one by one: the text column of .csv / .tsv, the text
     key of .jsonl; every line of any other file as ({'text': line}, line)."""
     refuse_other(path)
     if kind_of(path) in KINDS:
         text_cols = None
-        for where, row in rows_of(path, form, []):
-            text_cols = text_cols or only_text(where, row, form)
+        notes = [] if notes is None else notes
+        for where, row in rows_of(path, form, notes):
+            text_cols = text_cols or only_text(where, row, form, notes)
             yield row, text_of(where, row, text_cols)
         return
     with opened(path, form.encoding, form.like and form.like.encoding, newline=None) as f:
@@ -199,11 +200,14 @@ def read_rows(path, form=GUESSED):
             yield {'text': text}, text
 
 
-def only_text(where, columns, form):
+def only_text(where, columns, form, notes):
     """-> the text columns: those asked for, those of form.like, or the one with a usual name."""
     asked = form.text_col or remembered(columns, form, 'text_col')
     if not asked:
-        asked = next(iter(columns)) if len(columns) == 1 else usual(columns, TEXT_NAMES)
+        asked = usual(columns, TEXT_NAMES)
+        if not asked and len(columns) == 1:
+            (asked,) = columns
+            notes.append(f'{asked!r} is read as the header, not as a text')
     if not asked or not set(parts(asked, columns)) <= set(columns):
         why = f'there is no column {asked or "text"!r}'
         have = f'it has {", ".join(map(repr, columns))}; name one with --text_col'

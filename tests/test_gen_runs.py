@@ -197,6 +197,9 @@ def test_gen_rule_never_costs_accuracy():
         m = [lib.metrics.metrics(softmax(s), y, ['a', 'b'])['nll'] for s in (scores, bayes)]
         assert m[0] <= m[1] + 1e-6, (seed, m)
     assert 5 < costs < 55, costs
+    one = calibrate(run, bayes, np.zeros(60, int))['calibration']['fitted']
+    assert one == 'tau alone: a class has no validation row'
+    assert (run.calibrated(bayes).argmax(1) == bayes.argmax(1)).all()
     for method in ('lora', 'direct'):
         info = read_json(os.path.join(gen_run(method), 'run.json'))
         assert info['rule'] == 'calibrated' and 'tau' in info['calibration']['fitted']
@@ -269,6 +272,9 @@ def test_gen_contextual_calibration():
     assert np.ptp(run.neutral) > 0.01, run.neutral
     with patched(lib.runs, 'NEUTRAL', ['N/A']):
         alone = opened('direct')
+    far = np.array([[0.0, -500.0]] * 3, np.float32)  # e^-500 is no float32
+    with patched(lib.runs.GenRun, 'logprobs_of', lambda *a: far):
+        assert np.allclose(opened('direct').neutral, [0.0, -500.0], atol=1e-3)
     of_one, of_three = (softmax(r.logits(['N/A']))[0] for r in (alone, run))
     assert np.allclose(of_one, 0.5, atol=1e-4) and not np.allclose(of_three, 0.5, atol=1e-4)
 

@@ -20,6 +20,8 @@ def test_notes():
         assert f'2 rows of {name!r}' in note
     (note,) = of(*good, ('x', 'Good  film'), ('y', 'good film'), ('z', 'other'))
     assert "'Good  film', 'good film' differ only by case or spaces" in note
+    (note,) = of(*good, ('x', 'caf\u00e9'), ('y', 'cafe\u0301'))  # two ways to write one letter
+    assert 'differ only by' in note
     assert of(*((f't{i}', str(i)) for i in range(1, 6))) == []  # ratings
     (note,) = of(*((f't{i}', str(i)) for i in range(30)))
     assert 'the 30 labels look like numbers' in note

@@ -363,6 +363,18 @@ def test_predict_a_table():
         raises(UserError, predict.main, [out, 'x', '--out', to, *flags], match=match)
 
 
+def test_predict_says_what_it_took_for_a_header():
+    """A file of one column without a header, and one that has a column twice."""
+    out = tiny_run('full')
+    for text, note in (
+        ('great film\ngood\nbad\n', "note: 'great film' is read as the header, not as a text"),
+        ('id,text,id\n1,good,2\n', "has the column 'id' twice; the last one is read"),
+    ):
+        path = write('in.csv', text)
+        code, _, err = script(predict.main, [out, '--file', path])
+        assert not code and note.removeprefix('note: ') in err, err
+
+
 def test_predict_names_of_files():
     """A text that is the name of a file is refused, with the way out."""
     path = topics()

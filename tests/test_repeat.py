@@ -96,7 +96,7 @@ def test_folds_by_hand():
     assert found[0] == 0 and '2 folds: test accuracy' in found[1], found
     args, _, _ = train_cls.parse([*SMALL, '--folds', '2'])
     paths = [os.path.join(out, f'fold{i}') for i in (1, 2)]
-    ds, probs = out_of_fold(args, paths)
+    _, ds, probs = out_of_fold(args, paths)
     of, by_hand, accuracies = folds(ds.train, 2, 1337), np.full(probs.shape, np.nan), []
     for i in range(2):
         folder = tmp()
@@ -145,6 +145,19 @@ def test_folds_by_hand():
 def table(folder, name, rows):
     with open(os.path.join(folder, f'{name}.csv'), 'w', encoding='utf-8', newline='') as f:
         csv.writer(f).writerows([('text', 'label'), *rows])
+
+
+def test_runs_of_other_data_are_not_kept():
+    """A label was corrected: the folds that are there were trained on the old one, and their test
+    rows are training rows of the new split."""
+    rows = [(f'{w} number {i}', w) for i in range(30) for w in ('no', 'yes')]
+    folder, out = tmp(), os.path.join(tmp(), 'cv')
+    flags = [*SHAPE, '--data', os.path.join(folder, 'train.csv'), '--out', out]
+    for more in (['--folds', '2'], ['--seeds', '2']):
+        table(folder, 'train', rows)
+        assert script(train_cls.main, [*flags, *more])[0] == 0
+        table(folder, 'train', [(rows[0][0], 'yes'), *rows[1:]])
+        raises(UserError, train_cls.main, [*flags, *more], match='name another --out')
 
 
 def test_seeds():
