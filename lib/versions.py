@@ -32,8 +32,8 @@ def versions():
 
 def edited(info):
     """Was a run (info: its run.json) trained with other code, if that is known?"""
-    now = versions()['code']
-    return (info.get('versions') or {}).get('code', now) != now
+    then, now = info.get('versions') or {}, versions()  # Pythons cut f-strings otherwise
+    return then.get('python') == now['python'] and then.get('code', now['code']) != now['code']
 
 
 def note_edits(path, info):
