@@ -805,17 +805,13 @@ def fuzz_resume(folder):
 
     def fresh():
         model = torch.nn.Linear(3, 2)
-        params = dict(model.named_parameters())
-        return (
-            params,
-            torch.optim.AdamW(params.values(), lr=0.1),
-            torch.amp.GradScaler('cpu', enabled=False),
-        )
+        opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+        return model, opt, torch.amp.GradScaler('cpu', enabled=False)
 
-    params, opt, scaler = fresh()
-    params['weight'].sum().backward()
+    model, opt, scaler = fresh()
+    model.weight.sum().backward()
     opt.step()
-    save_resume(folder, args, 4, (0.5, -0.7), params, opt, scaler)
+    save_resume(folder, args, 4, (0.5, -0.7), model, opt, scaler)
     state, mark = (
         torch.load(os.path.join(folder, 'resume.pt'), weights_only=True),
         os.path.join(os.path.dirname(folder), 'mark'),
@@ -862,7 +858,7 @@ def fuzz_resume(folder):
             resumed(SimpleNamespace(**vars(args)), set(), saved['args'])
             new, opt, scaler = fresh()
             restore(saved, new, opt, scaler)
-            new['weight'].sum().backward()
+            new.weight.sum().backward()
             opt.step()
 
         return use

@@ -169,7 +169,8 @@ def test_full_disk():
         big, file = dict(x=torch.zeros(1000)), os.path.join(folder, 'm.safetensors')
         raises(UserError, save_safetensors, file, big, match='m.safetensors')
         opt, scaler = torch.optim.SGD([torch.zeros(1)]), torch.amp.GradScaler('cpu', enabled=False)
-        state = folder, SimpleNamespace(), 1, None, big, opt, scaler
+        model = torch.nn.Linear(1000, 1)
+        state = folder, SimpleNamespace(), 1, None, model, opt, scaler
         raises(UserError, save_resume, *state, match='resume.pt')
     assert os.listdir(folder) == ['x.json'] and read_json(path) == dict(old=1)
     out = os.path.join(tmp(), 'run')
