@@ -90,7 +90,7 @@ def class_logits(model, tokens, *where, net=None, states=None, **options):
         net, states = model, None
 
     def fn(ids, n, index):
-        return net(ids, n, states(index, ids)) if states else net(ids, n)
+        return net(ids, n, states.read(index, ids.shape[1])) if states else net(ids, n)
 
     return in_batches(fn, model, tokens, *where, **options)
 
