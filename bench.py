@@ -30,7 +30,7 @@ that a table takes at most --minutes. Figures are medians over blocks of steps a
 Memory is the peak of the process (pages of a mapped file count once they are read), on
 CUDA the peak of PyTorch's allocator. GFLOP/s counts the arithmetic that the real tokens need
 (lib/measure.py); the percentage is relative to square matrix products in the precision of the row
-(of int8: in the fastest native one), measured in the same run.
+(of int8: in the faster of bf16 and fp32), measured in the same run.
 """
 
 from lib import start
@@ -236,16 +236,16 @@ def parse(argv):
     add('--length', text, positive)
     add = cli.group(p, 'system')
     add('--device', 'cpu or cuda', default=gpu, metavar='NAME')
-    text = 'our matmul precision, or several (default: bf16 where it is native)'
+    text = 'our matmul precision, or several (default: bf16 where it is faster)'
     add('--dtype', text, (*dtypes, 'int8'), nargs='+')
     add('--worker', '(internal: take one turn of this side)', metavar='SIDE')
     add('--shared', '(internal: folder that the sides share)', metavar='DIR')
     args, args.given = p.parse(argv)
     args.repeats = args.repeats or (1 if args.quick else 2)
-    native = plan.native_bf16(args.device)
-    args.dtypes = list(dict.fromkeys(args.dtype or ['bf16' if native else 'fp32']))
+    fast = plan.bf16_pays(args.device)
+    args.dtypes = list(dict.fromkeys(args.dtype or ['bf16' if fast else 'fp32']))
     args.dtypes.sort(key=plan.ORDER.index)
-    half = 'bf16' in args.dtypes or ('int8' in args.dtypes and native)
+    half = 'bf16' in args.dtypes or ('int8' in args.dtypes and fast)
     args.dtype = 'bf16' if half else 'fp32'  # of peers, and of what all sides share
     return args
 

@@ -16,11 +16,11 @@ from lib.tensors import give_back
 DTYPES = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32, int8=torch.int8)
 
 
-def cpu_has_bf16():
-    """Does this CPU multiply bfloat16 natively (AVX512-BF16, AMX)? Emulated, it is slower than
-    float32."""
-    checks = ('_is_avx512_bf16_supported', '_is_amx_tile_supported')
-    return any(getattr(torch.cpu, name, bool)() for name in checks)
+def bf16_pays():
+    """Is this CPU faster in bfloat16 than in float32? With AMX, or AVX512-BF16 of AMD's. Intel's
+    AVX512-BF16 alone takes twice as long as float32 (docs/speed.md), emulation longer still."""
+    has = lambda name: getattr(torch.cpu, f'_is_{name}_supported', bool)()  # noqa: E731
+    return has('amx_tile') or (has('avx512_bf16') and not cpu_is_intels())
 
 
 def cpuinfo(path='/proc/cpuinfo'):
@@ -61,10 +61,10 @@ def pick_device(device='auto', dtype='auto'):
         if torch.cuda.get_device_capability(device) >= (8, 0):
             return device, torch.bfloat16, 'this GPU multiplies bfloat16 natively'
         return device, torch.float16, 'this GPU has no native bfloat16; gradients are scaled'
-    if device.type == 'cpu' and cpu_has_bf16():
-        return device, torch.bfloat16, 'this CPU multiplies bfloat16 natively'
+    if device.type == 'cpu' and bf16_pays():
+        return device, torch.bfloat16, 'this CPU is faster in bfloat16'
     if device.type == 'cpu':
-        return device, torch.float32, 'no native bfloat16 here'
+        return device, torch.float32, 'this CPU is not faster in bfloat16'
     return device, torch.float32, f'the exact choice on {device.type}'
 
 

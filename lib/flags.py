@@ -140,7 +140,7 @@ def optim_flags(p):
 def system_flags(p):
     add = group(p, 'system')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
-    text = 'matmul precision; auto: the fastest native one (LoRA on nano: fp32)'
+    text = 'matmul precision; auto: the faster of bf16 and fp32 (LoRA on nano: fp32)'
     add('--dtype', text, training_dtype, 'auto', f'{{{",".join(TRAINING_DTYPES)}}}')
     add('--compile', 'torch.compile the model', bool)
     add('--cuda_graphs', 'replay a graph per batch shape; single GPU, not benchmarked yet', bool)
@@ -165,7 +165,7 @@ def opening_flags(p):
     text = 'the base model, if it was moved (default: where the run found it)'
     add('--base', text, cli.folder, metavar='DIR')
     add('--device', 'auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps', str, 'auto', 'NAME')
-    text = 'matmul precision; auto: the fastest native one, of eval.py fp32 if tested in it'
+    text = 'matmul precision; auto: the faster of bf16 and fp32, of eval.py fp32 if tested in it'
     add('--dtype', text, DTYPES, 'auto')
     add('--plain', 'run the plain model, without lib/fast.py', bool)
     text = 'read long texts whole, in overlapping windows (default: --max_length tokens of them)'

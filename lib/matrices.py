@@ -9,7 +9,7 @@ import platform
 import torch
 import torch.nn.functional as F
 
-from lib.device import cpu_has_bf16, cpu_is_intels
+from lib.device import bf16_pays, cpu_is_intels
 from lib.tensors import give_back
 
 PIECE = 65536  # numbers per thread that an element-wise formula handles at a time
@@ -43,7 +43,7 @@ class Packed:
 
     @staticmethod
     def pays():
-        return cpu_has_bf16()
+        return bf16_pays()
 
     @classmethod
     def pack(cls, W):  # (out, in) -> opaque
@@ -116,7 +116,7 @@ def gelu_slope(x):
 
 
 class Packed32(Packed):
-    """The same in float32, without loss: for CPUs without native bfloat16."""
+    """The same in float32, without loss: for CPUs that are not faster in bfloat16."""
 
     dtype, slope = torch.float32, True
     gelu, gelu_slope = staticmethod(gelu_), staticmethod(gelu_slope)

@@ -33,9 +33,9 @@ TRAINING = (10, 15)
 START = 12  # seconds of a turn before and after its work
 
 
-def native_bf16(name):
-    """Does the device multiply bfloat16 natively?"""
-    return not name.startswith('cpu') or device.cpu_has_bf16()
+def bf16_pays(name):
+    """Is the device faster in bfloat16?"""
+    return not name.startswith('cpu') or device.bf16_pays()
 
 
 def is_ours(side):
@@ -89,12 +89,12 @@ def why_not_hf(args, peer):
     """Why a peer of Hugging Face cannot run, or ''"""
     lora = args.task in ('lora', 'eval', 'startup')
     missing = absent(('transformers', 'peft') if lora else ('transformers',))
-    if missing or native_bf16(args.device):
+    if missing or bf16_pays(args.device):
         return missing
     dtype = precision(args, peer)
     # gen's `half` differs from `default` in its batches as well
     if dtype == 'bf16' or (peer == 'half' and args.task != 'gen' and not args.hf_dtype):
-        return 'this CPU has no native bfloat16'
+        return 'this CPU is not faster in bfloat16'
     return ''
 
 
@@ -102,16 +102,16 @@ def why_not(args, engine, dtype):
     """Why a peer that is no part of Hugging Face cannot run, or ''"""
     if args.device != 'cpu':
         return f'runs on a CPU here, not on {args.device}'
-    if dtype == 'bf16' and not native_bf16(args.device):
-        return 'this CPU has no native bfloat16'
+    if dtype == 'bf16' and not bf16_pays(args.device):
+        return 'this CPU is not faster in bfloat16'
     return absent(engine.packages)
 
 
 def rated(args, dtype):
     """The precision of the matrix products that a side in `dtype` is compared with."""
     if dtype == 'int8':
-        return 'bf16' if native_bf16(args.device) else 'fp32'
-    return dtype if dtype == 'fp32' or native_bf16(args.device) else 'fp32'
+        return 'bf16' if bf16_pays(args.device) else 'fp32'
+    return dtype if dtype == 'fp32' or bf16_pays(args.device) else 'fp32'
 
 
 def fit(args, every):

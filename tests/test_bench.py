@@ -200,8 +200,8 @@ def test_bench_takes_turns():
             assert [name for name in rows if name != 'import torch, numpy'] == names, (task, rows)
             for peer in bench.PEERS:
                 mine, row = rows['nanocls'], rows[f'Hugging Face {peer}']
-                if peer == 'half' and task != 'gen' and not device.cpu_has_bf16():
-                    assert row['missing'] == 'this CPU has no native bfloat16', (task, row)
+                if peer == 'half' and task != 'gen' and not device.bf16_pays():
+                    assert row['missing'] == 'this CPU is not faster in bfloat16', (task, row)
                     continue
                 if task == 'startup':
                     ratio = row['seconds'] / mine['seconds']
@@ -234,7 +234,7 @@ def test_bench_peers_batches():
         write(os.path.join('sst2', 'train.tsv'), rows, os.environ['NANOCLS_DATA'])
         flags = '--steps 20 --dtype fp32 --against hf --batch_size 4'.split()
         found = bench_of('head', *flags)[1]['rows']
-        random = [('random', 4, False, 0.1)] * (1 + device.cpu_has_bf16())  # default, half
+        random = [('random', 4, False, 0.1)] * (1 + device.bf16_pays())  # default, half
         assert seen == [*random, ('group_by_length', 4, False, 0.0)], seen
         default, best = (found[f'Hugging Face {peer}']['pad_share'] for peer in ('default', 'best'))
         assert default > 0.25 > 2 * best, (default, best)
@@ -436,7 +436,7 @@ def no_package(*names):
 
 
 def bf16(native):
-    return patched(device, 'cpu_has_bf16', lambda: native)
+    return patched(device, 'bf16_pays', lambda: native)
 
 
 def test_bench_engines():
@@ -502,7 +502,7 @@ def test_bench_says_why():
         assert rows['nanocls fp32'] == '' and 'int8' in rows['nanocls int8'], rows
         assert 'computes something else' in rows['onnxruntime fp32'], rows
         assert rows['openvino fp32'] == 'openvino is not installed', rows
-        assert rows['openvino bf16'] == 'this CPU has no native bfloat16', rows
+        assert rows['openvino bf16'] == 'this CPU is not faster in bfloat16', rows
         assert rows['Hugging Face default'] == 'transformers is not installed', rows
         assert text.count('openvino fp32  not measured: openvino is not installed') == 2, text
         assert found['ratio'] == {} and found['dtype'] == ['fp32', 'int8'], found
@@ -527,7 +527,7 @@ def test_bench_without_bf16():
         assert args.dtypes == ['fp32'], args
         with importable(dict(peft=package('peft'))):
             every = {side.name: side for side in sides.sides(args)}
-        why = 'this CPU has no native bfloat16'
+        why = 'this CPU is not faster in bfloat16'
         assert {n for n, s in every.items() if s.missing == why} == {
             'Hugging Face half',
             'openvino bf16',

@@ -519,7 +519,7 @@ def test_precision_of_the_final_test():
     path = os.path.join(run, 'eval_results.json')
     want = read_json(path)
     assert want['dtype'] == 'float32'
-    with patched(lib.device, 'cpu_has_bf16', lambda: True):
+    with patched(lib.device, 'bf16_pays', lambda: True):
         text, err = run_eval([run])
         assert 'cpu, float32' in text and read_json(path) == want and 'note' not in err
         run_eval([run, '--dtype', 'bf16'])

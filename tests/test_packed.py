@@ -259,13 +259,13 @@ def test_packed_model_is_the_plain_one():
 
 
 def test_which_matrices_pack():
-    """bfloat16 by oneDNN where it is native; float32 by MKL on Intel's CPUs, on others by oneDNN;
+    """bfloat16 by oneDNN where it is faster; float32 by MKL on Intel's CPUs, on others by oneDNN;
     nothing on a GPU, in float16 or with a torch that lacks the operators."""
     half = Packed if hasattr(torch.ops.mkldnn, '_linear_pointwise') else None
-    for native in (True, False):
-        with patched(lib.matrices, 'cpu_has_bf16', lambda native=native: native):
+    for fast in (True, False):
+        with patched(lib.matrices, 'bf16_pays', lambda fast=fast: fast):
             kinds = [packing(CPU, d) for d in (torch.bfloat16, torch.float16)]
-            assert kinds == [half if native else None, None]
+            assert kinds == [half if fast else None, None]
             assert packing(torch.device('cuda'), torch.float32) is None
     other = Packed32 if Packed32.possible(CPU, torch.float32) else None
     for intels in (True, False):

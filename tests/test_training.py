@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 import data
+import lib.device
 import lib.graphs
 import lib.ranks
 import lib.scoring
@@ -20,7 +21,7 @@ import lib.training
 import lora
 import train_cls
 import train_gen
-from lib.device import autocast, cpu_has_bf16, pick_device, place
+from lib.device import autocast, bf16_pays, pick_device, place
 from lib.files import UserError, read_json
 from lib.graphs import Graphs, check_device
 from lib.resume import load_resume
@@ -59,8 +60,18 @@ from tests.helpers import (
 
 def test_precision_choice():
     device, dtype, reason = pick_device('cpu')
-    assert (dtype == torch.bfloat16) == cpu_has_bf16() and reason
+    assert (dtype == torch.bfloat16) == bf16_pays() and reason
     assert pick_device('cpu', 'fp32')[1] == torch.float32
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for amx, intels, want in ((True, True, bf16), (False, False, bf16), (False, True, fp32)):
+        with contextlib.ExitStack() as stack:
+            for owner, name, yes in (
+                (torch.cpu, '_is_avx512_bf16_supported', True),
+                (torch.cpu, '_is_amx_tile_supported', amx),
+                (lib.device, 'cpu_is_intels', intels),
+            ):
+                stack.enter_context(patched(owner, name, lambda yes=yes: yes))
+            assert pick_device('cpu')[1] == want, (amx, intels)
     raises(UserError, pick_device, 'cpu', 'fp16', match='GPU')
     raises(UserError, pick_device, 'abacus', match='abacus')
     if not torch.cuda.is_available():
