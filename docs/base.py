@@ -18,7 +18,7 @@ if TOP not in sys.path:
 import data
 import train_cls
 import train_gen
-from docs.experiments import Rows, linear, write_texts
+from docs.experiments import Rows, finished, linear, write_texts
 from lib import cli, files
 from lib.intervals import wilson
 from lib.measure import machine
@@ -68,7 +68,7 @@ def base_model(book, folder):
     if not os.path.isfile(os.path.join(base, 'run.json')):
         write_texts(texts, [text for name in SETS for text in data.load(name).train.texts])
         began = time.time()
-        train_gen.main([*PRETRAIN.split(), '--data', texts, '--out', base])
+        finished(train_gen.main([*PRETRAIN.split(), '--data', texts, '--out', base]))
         minutes = round((time.time() - began) / 60)
         found = dict(command=f'train_gen.py {PRETRAIN}', minutes=minutes, **losses(base))
         book.found['base'] = found
@@ -96,7 +96,7 @@ def learn(name, method, base):
     argv = ['--data', name, *flags.split(), '--epochs', str(epochs[name != 'imdb'])]
     argv += SETS[name].split()
     out = '-'.join((base, name, *method.replace(',', '').split()))
-    test = script.main([*argv, *model, '--out', out])['test']
+    test = finished(script.main([*argv, *model, '--out', out]))['test']
     return ' '.join([f'{script.__name__}.py', *argv, *model]), test['accuracy'], test['ci95']
 
 

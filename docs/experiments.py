@@ -174,7 +174,7 @@ class Study:
     @staticmethod
     def call(script, argv):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            script.main([*argv, '--log_every', '100000'])
+            finished(script.main([*argv, '--log_every', '100000']))
 
     def probs(self, run, rows):
         """-> probabilities (N, K) of an opened run on rows, accuracy"""
@@ -248,6 +248,11 @@ class Study:
         for share in (0.0, 0.1, 0.3, 0.5):
             rows = dropped(self.test, share, self.enc, 0) if share else self.test
             self.note(self.probs(run, rows)[1], **key, experiment='drop', condition=share)
+
+
+def finished(results):
+    """What main() of a script returned; an exit code, that of Ctrl-C, ends this program too."""
+    return results if isinstance(results, dict) else sys.exit(results)
 
 
 def write_texts(path, texts):

@@ -14,7 +14,7 @@ import train_gen
 from docs import base, experiments, features, figures, tables
 from lib.files import read_bytes, read_json
 from lib.tokens import tokenizer
-from tests.helpers import SCRATCH, TINY, gen_run, patched, script, tmp
+from tests.helpers import SCRATCH, TINY, environment, gen_run, patched, raises, script, tmp
 
 
 def test_tables_are_those_of_the_files():
@@ -135,6 +135,21 @@ def test_experiments_fill_their_file():
         *(('drop', share) for share in (0.0, 0.1, 0.3, 0.5)),
     }
     assert not any(r['experiment'] == 'drop' for r in rows if 'LoRA' in r['method'])
+
+
+def test_ctrl_c_ends_the_experiments():
+    """A language model whose training was interrupted is not taken for a whole one."""
+    cache, few = tmp(), data.load(TINY[1])
+    with (
+        environment(NANOCLS_CACHE=cache),
+        patched(data, 'load', lambda name: few),
+        patched(train_gen, 'main', lambda argv: 130),
+    ):
+        study = experiments.Study('sst2', (1, 64), os.path.join(cache, 'rows.json'), tmp())
+        raises(SystemExit, study.language_model, match='130')
+        assert not os.path.exists(os.path.join(cache, 'experiments'))
+        argv = ['--out', tmp(), '--json', os.path.join(cache, 'base.json')]
+        raises(SystemExit, base.main, argv, match='130')
 
 
 def test_own_base_model_and_what_it_is_worth():
