@@ -65,14 +65,15 @@ class Rows:
     lengths (B,)"""
 
     def __init__(self, lengths, T):
-        real = torch.arange(T, device=lengths.device) < lengths[:, None]  # (B, T)
-        self.shape, self.index = real.shape, real.flatten().nonzero().squeeze(1)
+        self.real = torch.arange(T, device=lengths.device) < lengths[:, None]  # (B, T)
+        self.index = self.real.flatten().nonzero().squeeze(1)
+        self.place = self.real.flatten().cumsum(0) - 1
         self.last = lengths.cumsum(0) - 1  # (B,) row of each text's last token
 
-    def spread(self, x):
-        """(n, C) -> (B, T, C), pads are 0"""
-        out = x.new_zeros(self.shape.numel(), x.shape[-1])
-        return out.index_copy_(0, self.index, x).view(*self.shape, -1)
+    def spread(self, x, zero=False):
+        """(n, C) -> (B, T, C); pads are copies of the row before, which is faster, or zero."""
+        x = x.index_select(0, self.place).view(*self.real.shape, -1)
+        return x.mul_(self.real[..., None]) if zero else x
 
     def gather(self, x):
         """(B, T, C) -> (n, C)"""
@@ -122,7 +123,8 @@ class FastAttention:
         g, *last = self.c_proj.vjp(g, tape, True)
         kept, dtype, pads = tape.take(5), g.dtype, tape.rows
         B, H, T, D = kept[0].shape
-        g = (pads.spread(g) if pads else g).to(wide(dtype)).view(B, T, H, D).transpose(1, 2)
+        g = pads.spread(g, zero=True) if pads else g
+        g = g.to(wide(dtype)).view(B, T, H, D).transpose(1, 2)
         grads = getattr(torch.ops.aten, FLASH + '_backward')(g, *kept, 0.0, True)
         d = torch.empty(B, T, 3, H, D, dtype=dtype)
         for i, grad in enumerate(grads):  # of q, k, v: rounded on the way to their place

@@ -6,7 +6,7 @@ import torch
 
 import data
 from lib import ranks
-from lib.device import autocast, cpu_is_intels
+from lib.device import autocast
 from lib.files import UserError
 from lib.progress import Progress
 from lib.report import counted
@@ -65,9 +65,7 @@ def tokens_at_once(model, device, dtype, copies):
         return 65536
     cached = max(256, CACHED // model.cfg.n_embd) * min(copies, 3)
     cached *= 1 if dtype == torch.float32 else 2
-    if dtype != torch.bfloat16 and not cpu_is_intels():  # measured on AMD's Zen 3
-        cached = max(cached, 1024)
-    return cached
+    return cached if dtype == torch.bfloat16 else max(cached, 1024)  # docs/speed.md
 
 
 def gathered(own, order):
