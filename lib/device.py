@@ -88,9 +88,10 @@ def place(model, device, dtype):
         rounded = embedding if device.type == 'cpu' else not norm
         for p in m.parameters(recurse=False):
             exact = p.requires_grad or p is model.prompt or not rounded
-            before = p.data
-            p.data = before.to(device, torch.float32 if exact else dtype)
-            if p.data is not before:
+            before = p.data  # another object each time
+            placed = before.to(device, torch.float32 if exact else dtype)
+            if placed is not before:
+                p.data = placed
                 give_back(before)
         for name, b in m.named_buffers(recurse=False):  # of an edit: GPT-2 has none
             setattr(m, name, b.to(device))

@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+import lib.device
 from lib.files import UserError, read_bytes, read_json, write_json
 from lib.runs import open_run
 from lib.tensors import give_back, load_safetensors, save_safetensors
@@ -20,6 +21,7 @@ from tests.helpers import (
     formula_model,
     gen_run,
     hugging_face,
+    patched,
     ragged,
     raises,
     save_raw,
@@ -221,6 +223,14 @@ def test_unloaded_weights_come_back():
     y = torch.ones(1 << 20)
     give_back(y)  # no file's
     assert y.sum() == 1 << 20
+
+
+def test_placing_gives_back_what_it_rounded():
+    for dtype, n in ((torch.float32, 0), (torch.bfloat16, 2)):  # wte and wpe
+        model, given = GPT(SMALL).requires_grad_(False), []
+        with patched(lib.device, 'give_back', given.append):
+            lib.device.place(model, torch.device('cpu'), dtype)
+        assert len(given) == n, (dtype, len(given))
 
 
 def test_every_tensor_must_fit():
