@@ -109,9 +109,7 @@ def why_not(args, engine, dtype):
 
 def rated(args, dtype):
     """The precision of the matrix products that a side in `dtype` is compared with."""
-    if dtype == 'int8':
-        return 'bf16' if bf16_pays(args.device) else 'fp32'
-    return dtype if dtype == 'fp32' or bf16_pays(args.device) else 'fp32'
+    return 'fp32' if dtype == 'fp32' or not bf16_pays(args.device) else 'bf16'
 
 
 def fit(args, every):
