@@ -14,10 +14,9 @@ import torch
 from lib import files
 from lib.device import DTYPES
 from lib.measure import CLASSES, block_of, synchronize, timed
-from lib.workload import agnews_texts, texts_of, tokens_of, training_rows
+from lib.workload import METHODS, agnews_texts, texts_of, tokens_of, training_rows
 
 PEERS = ('default', 'half', 'best')
-TRAINED = ('lora', 'full', 'last', 'head')  # tasks that train; the others only read
 WARM_UP = 50  # steps of Trainer before the timed ones
 END = 50256  # <|endoftext|>
 
@@ -168,7 +167,7 @@ def theirs_trainer(args, folder, peer):
     from transformers import Trainer, TrainingArguments
 
     best, half = peer == 'best', precision(args, peer) == 'bf16'
-    trains = args.task in TRAINED
+    trains = args.task in METHODS
     train = training_rows(args) if trains else None  # more rows are easier to group by length
     texts, y = (train.texts, train.y) if trains else texts_of(args)
     tokens = tokens_of(texts, args.length)
