@@ -109,7 +109,6 @@ def main(argv=None):
     add('--out', default=os.path.join('runs', 'own'), metavar='DIR', help='where the models go')
     add('--json', default=results, metavar='FILE', help='where the numbers are, and go to')
     args, _ = p.parse(argv)
-    os.makedirs(args.out, exist_ok=True)
     book = Book(args.json)
     base = base_model(book, args.out)
     for method in args.methods:

@@ -31,7 +31,6 @@ def make_nano(folder=demo.NANO):
 def pack_nano(run, folder):
     """From a run that trained it: weights in float16, which halves the file, config.json, and
     made.json, which says how it was made."""
-    files.make_folder(folder)
     weights = tensors.load_safetensors(os.path.join(run, 'model.safetensors'))
     path = os.path.join(folder, 'model.safetensors')
     tensors.save_safetensors(path, {name: t.half() for name, t in weights.items()})

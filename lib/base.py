@@ -57,7 +57,6 @@ def base_info(args, out, cfg, state, labels=None):
     if args.scratch:
         if args.method not in STAYS:
             return dict(name=f'{args.model} --scratch', sha256=None)
-        files.make_folder(stored)
         frozen = {n: t for n, t in state.items() if n != 'score.weight'}
         checkpoints.save_hf(stored, cfg, frozen, labels)
         announce(stored, args.method)

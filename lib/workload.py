@@ -38,7 +38,6 @@ def base_folder(name):
             start = 997 * i % spare
             cut = noise[start : start + shape.numel()].view(shape)
             state[n] = fill(shape) if fill else cut
-        os.makedirs(folder, exist_ok=True)
         checkpoints.save_hf(folder, SHAPES[name], state)
     return folder
 
