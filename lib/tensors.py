@@ -82,7 +82,7 @@ def entry(raw, offset, name, info):
         valid = len(shape) <= 64 and all(type(v) is int and 0 <= v < 2**48 for v in numbers)
     except (KeyError, TypeError, ValueError):
         raise ValueError(f'entry {name!r} is malformed or of an unknown dtype') from None
-    size = torch.empty(0, dtype=dtype).element_size()
+    size = dtype.itemsize
     # only if valid: with something else than numbers, prod could run for years
     if not valid or not end - start == math.prod(shape) * size <= len(raw) - offset - start:
         raise ValueError(f'entry {name!r} does not fit the file')
@@ -97,7 +97,7 @@ def save_safetensors(path, tensors):
     """Write {name: tensor} as a safetensors file, atomically."""
     header, end = {'__metadata__': {'format': 'pt'}}, 0
     for name, t in tensors.items():
-        start, end = end, end + t.numel() * t.element_size()
+        start, end = end, end + t.nbytes
         dtype = DTYPE_NAMES[t.dtype]
         header[name] = dict(dtype=dtype, shape=list(t.shape), data_offsets=[start, end])
     text = json.dumps(header, separators=(',', ':')).encode()
@@ -122,7 +122,7 @@ def give_back(t):
     """Return the memory of a tensor that is mapped from a file and not needed for now to the OS;
     it is read again on the next use. Changed values stay (MADV_PAGEOUT, not MADV_DONTNEED). Does
     nothing for other tensors, and on other systems than Linux."""
-    start, end = t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()
+    start, end = t.data_ptr(), t.data_ptr() + t.nbytes
     mapped = any(first <= start and end <= first + size for first, size in MAPPED)
     if sys.platform != 'linux' or not mapped:
         return
@@ -204,7 +204,7 @@ def check_objects(saved):
             plain = x.layout == torch.strided and not x.is_quantized and x.device.type == 'cpu'
             if not plain or x.dtype not in DTYPE_NAMES:
                 raise TypeError('a tensor of an unusual kind')
-            if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            if x.nbytes > x.untyped_storage().nbytes():
                 raise ValueError('a tensor that repeats its values')
         items = x.values() if isinstance(x, dict) else x
         todo += items if isinstance(x, (dict, list, tuple)) else ()
