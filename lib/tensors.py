@@ -106,8 +106,7 @@ def save_safetensors(path, tensors):
     def write(f):
         f.write(struct.pack('<Q', len(text)) + text)
         for t in tensors.values():
-            if t.numel():
-                f.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            f.write(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
     files.write_atomic(path, write)
 
