@@ -152,13 +152,14 @@ def quantize(run):
     """Compute an opened run (float32, plain, LoRA not merged) in int8 from now on. Compares both on
     TEXTS and says how far they are apart. Raises UserError if a generative run is too far."""
     tokens = tokenize(run.enc, TEXTS, cache=False)
-    before, labels = scores(run, tokens), predicted(run, tokens)
+    before, labels = scores(run, tokens)
     models = {id(model): model for model, _ in getattr(run, 'passes', [(run.model, ())])}
     done, layers = map(sum, zip(*(attach(model, run.device) for model in models.values())))
     if not done:
         raise UserError(f'{run.path}: none of its layers can be computed in int8')
     run.dtype = torch.int8
-    after, agree = scores(run, tokens), int((predicted(run, tokens) == labels).sum())
+    after, new_labels = scores(run, tokens)
+    agree = int((new_labels == labels).sum())
     error, share = abs(after - before).max(), (abs(after - before) / abs(before)).max()
     if run.kind == 'cls':
         share = error / abs(before).max()
@@ -176,14 +177,13 @@ def quantize(run):
 
 
 def scores(run, tokens):
-    """Logits (N, K), or log P of text or answer in nats: what run.calibrated() does not change."""
-    if run.kind == 'cls':
-        return run.logits_of(tokens)
-    return run.logprobs_of(tokens) + (run.neutral if run.answers else 0)
-
-
-def predicted(run, tokens):
-    return run.probs(run.logits_of(tokens)).argmax(1)
+    """Logits (N, K), or log P of text or answer in nats, which run.calibrated() does not change;
+    and the predicted class of each text (N,)."""
+    logits = run.logits_of(tokens)
+    labels = run.probs(logits).argmax(1)
+    if run.kind == 'gen':
+        logits = logits - run.log_prior + (run.neutral if run.answers else 0)
+    return logits, labels
 
 
 def attach(model, device):
