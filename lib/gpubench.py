@@ -64,16 +64,12 @@ class Row:
 def cases():
     """What is measured, the most important first."""
     found = [Case(task, ['--task', task, *flags], True) for task, flags in TASKS.items()]
-    for task in TRAINED[:2]:
-        for flag in VARIANTS:
-            found.append(Case(f'{task} {flag}', ['--task', task, f'--extra={flag}'], False))
-    found.append(Case('lora, batch 256', ['--task', 'lora', '--batch_size', '256'], True))
-    length = ['--length', '128', '--steps', '4']  # for the memory
-    found.append(Case('lora, 128 tokens each', ['--task', 'lora', *length], True))
-    for task in TRAINED[2:]:
-        for flag in VARIANTS:
-            found.append(Case(f'{task} {flag}', ['--task', task, f'--extra={flag}'], False))
-    return found
+    pairs = [(task, flag) for task in TRAINED for flag in VARIANTS]
+    variants = [Case(f'{t} {flag}', ['--task', t, f'--extra={flag}'], False) for t, flag in pairs]
+    batch = Case('lora, batch 256', ['--task', 'lora', '--batch_size', '256'], True)
+    flags = ['--task', 'lora', '--length', '128', '--steps', '4']  # for the memory
+    length = Case('lora, 128 tokens each', flags, True)
+    return [*found, *variants[:4], batch, length, *variants[4:]]
 
 
 def command_of(case, model):
