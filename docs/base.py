@@ -18,7 +18,7 @@ if TOP not in sys.path:
 import data
 import train_cls
 import train_gen
-from docs.experiments import Rows, finished, linear, write_texts
+from docs.experiments import linear, write_texts
 from lib import cli, files
 from lib.intervals import wilson
 from lib.measure import machine
@@ -86,9 +86,7 @@ def learn(name, method, base):
     """Train one classifier -> its command, test accuracy, the accuracy's 95 % interval."""
     if method == TFIDF:
         ds = data.load(name)
-        train, test = Rows(ds.train.texts, ds.train.y), Rows(ds.test.texts, ds.test.y)
-        accuracy = linear(train, test)
-        n = len(test.y)
+        accuracy, n = linear(ds.train, ds.test), len(ds.test.y)
         return 'docs/base.py', accuracy, wilson(round(accuracy * n), n)
     script = train_gen if 'generative' in method else train_cls
     model = SHAPE.split() if 'random' in method else ['--model', base]
