@@ -159,8 +159,7 @@ class Study:
 
     def language_model(self):
         """The folder of the base model of the LoRA methods, trained when it is first asked for."""
-        name = f'{self.name}-{self.shape}-{LENGTH}'
-        base = os.path.join(files.cache_dir(), 'experiments', name)
+        base = files.cached(f'experiments/{self.name}-{self.shape}-{LENGTH}')
         if not os.path.isdir(base):
             texts, part = os.path.join(self.folder, 'texts.txt'), base + '.part'
             shutil.rmtree(part, ignore_errors=True)  # of an interrupted call

@@ -172,7 +172,7 @@ def made(kind, folder):
     """Folder with the base model in `folder` as these packages read it; made once, in a process
     of its own, so that its memory is not counted."""
     name = f'{os.path.basename(folder)}-{kind}-torch{torch.__version__}'
-    place = os.path.join(files.cache_dir(), 'bench', name)
+    place = files.cached(f'bench/{name}')
     if not os.path.isdir(place):
         command = [sys.executable, '-c', MAKE, cli.TOP, kind, folder, place]
         checked(command, f'making {kind} of the model')

@@ -25,7 +25,7 @@ def base_folder(name):
     """Folder with random weights of a published shape, which both sides load; made once, kept in
     the cache. All matrices are cut from one array of random numbers, to need no more memory than
     the largest one."""
-    folder = os.path.join(files.cache_dir(), 'bench', name)
+    folder = files.cached(f'bench/{name}')
     if not os.path.isfile(os.path.join(folder, 'config.json')):
         with torch.device('meta'):
             shapes = {n: p.shape for n, p in GPT(SHAPES[name]).named_parameters()}
