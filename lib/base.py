@@ -47,13 +47,13 @@ def note_dropped_head(args):
         print(f'note: the class head of {args.model} is not used{keeps}')
 
 
-def base_info(args, out, cfg, state, labels=None):
-    """What run.json says of the base model: name and sha256. Writes it to out/base if the run needs
-    it and would lose it (random weights that stay frozen), or if it is small.
+def base_info(args, cfg, state, labels=None):
+    """What run.json says of the base model: name and sha256. Writes it to --out/base if the run
+    needs it and would lose it (random weights that stay frozen), or if it is small.
 
     cfg: model.Config; state: {plain name: float32 tensor} of the base.  labels go into its
     config.json, because PEFT takes the class names from the base."""
-    stored = os.path.join(out, 'base')
+    stored = os.path.join(args.out, 'base')
     if args.scratch:
         if args.method not in STAYS:
             return dict(name=f'{args.model} --scratch', sha256=None)

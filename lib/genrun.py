@@ -72,7 +72,7 @@ def begin(run, resumed):
 
     def base_info():
         with files.locked(args.out):
-            return base.base_info(args, args.out, run.cfg, run.model.state_dict())
+            return base.base_info(args, run.cfg, run.model.state_dict())
 
     if 'base' in old:
         info = {**old, 'labels': labels, 'folders': run.folders, 'data': args.data}

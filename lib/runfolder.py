@@ -47,7 +47,7 @@ def begin(args, ds, model, original, resumed):
             advice = 'name another folder, remove that one, or resume it (--resume)'
             raise UserError(f'--out {args.out} already holds a run; {advice}')
         files.remove_leftovers(args.out)
-        return base.base_info(args, args.out, model.cfg, original, ds.labels)
+        return base.base_info(args, model.cfg, original, ds.labels)
 
     info = dict(kind='cls', method=args.method, model=args.model, data=args.data, seed=args.seed)
     info.update(labels=ds.labels, base=ranks.from_rank_zero(claim))
