@@ -37,7 +37,7 @@ def base_model(args):
 
 def begin(run, resumed):
     """Make the run folder, or take over one to resume or to add a class to. Sets run.old (its
-    run.json), run.folders, run.info (the new run.json)."""
+    run.json), run.folders, run.phases, run.leaked (notes), run.info (the new run.json)."""
     args, ds, labels = run.args, run.ds, run.labels
     method = 'pretrain' if args.pretrain else f'gen-{args.method}'
     args.out = args.out or ranks.from_rank_zero(lambda: runfolder.free_folder(args.data, method))

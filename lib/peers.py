@@ -1,7 +1,7 @@
 """The same work done by Hugging Face's transformers and PEFT, for bench.py. Both are imported
 inside the functions, only where a peer runs. Called by bench.py, lib/onnxpeers.py and lib/sides.py.
 
-args: bench.py's flags. peer: 'default', 'half' or 'best', see bench.py. Every function returns
+args: bench.py's flags. peer: 'default', 'half' or 'best', see bench.py. Every theirs...() returns
 ([speeds of a block of steps], lengths in tokens of the texts)."""
 
 import os
