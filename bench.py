@@ -323,7 +323,7 @@ def main(argv=None):
 
     cpu, sets = measure.cpu()
     print(f'{cpu} ({", ".join(sets)}), {torch.get_num_threads()} threads', flush=True)
-    if 'hf' in args.against and args.task == 'adapter':
+    if {'hf', 'all'} & {*args.against} and args.task == 'adapter':
         print('PEFT has no Houlsby adapters: there is no peer')
     folder, every = workload.base_folder(args.model), plan.sides(args)
     if args.fits:
