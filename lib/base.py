@@ -117,7 +117,7 @@ def base_of(path, info, data_dir=None, moved=None):
     return where
 
 
-def data_dir_of(info, rel, data_dir=None):
+def data_dir_of(info, rel, data_dir):
     """Where to look for a file or folder `rel` that a run needs: data_dir; else the folder that the
     run was trained with, if it still has it; None leaves it to $NANOCLS_DATA and the cache."""
     recorded = info['args']['data_dir']

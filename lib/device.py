@@ -23,8 +23,8 @@ def bf16_pays():
     return has('amx_tile') or (has('avx512_bf16') and not cpu_is_intels())
 
 
-def cpuinfo(path='/proc/cpuinfo'):
-    """What Linux says of its CPUs; '' on other systems."""
+def cpuinfo(path):
+    """What Linux says of its CPUs in /proc/cpuinfo; '' on other systems."""
     with contextlib.suppress(OSError), open(path) as f:
         return f.read()
     return ''

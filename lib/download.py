@@ -94,7 +94,7 @@ def unavailable(dest, failures):
     return Unavailable(f'cannot download {rel} ({"; ".join(failures)}); {hint}')
 
 
-def fetch(url, part, have, size=None):
+def fetch(url, part, have, size):
     """One request: append to part after its first `have` bytes. Raises RequestException if it
     fails or breaks off. Stops reading after more than `size` bytes."""
     headers = {'Accept-Encoding': 'identity'}  # Content-Length and Range count the bytes we store

@@ -19,7 +19,7 @@ def no_run(path):
     return f'{path} is not a run folder: it has no run.json ({advice})'
 
 
-def elsewhere(path, moved=None):
+def elsewhere(path, moved):
     """What run.json would say of a folder that transformers or PEFT wrote (moved: the base model of
     an adapter, if not the one that it names). Raises UserError if it
     holds no classifier with one class per text."""
@@ -47,7 +47,7 @@ def elsewhere(path, moved=None):
     return dict(info, base=dict(name=base, sha256=None))
 
 
-def read_adapter(path, moved=None):
+def read_adapter(path, moved):
     """-> method, base model, name of the head, tensors of a folder of PEFT"""
     method = 'lora' if 'r' in peft_config(path) else 'prompt'
     c = files.read_object(os.path.join(path, 'adapter_config.json'))

@@ -195,7 +195,7 @@ class FrozenStates:
     memory-mapped; a GPU with room for them holds a copy. The file is named after all that they
     depend on, so the next run over the same finds it."""
 
-    def __init__(self, net, model, tokens, max_length, keep, device, dtype, fresh, own=()):
+    def __init__(self, net, model, tokens, max_length, keep, device, dtype, fresh, own):
         """own: files of the cache that this run needs as well."""
         lengths = np.minimum(tokens.lengths, max_length)
         self.pooled, self.device = net.pooled, device

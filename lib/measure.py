@@ -123,7 +123,7 @@ def timed(run, batches, device):
 # --- figures ---
 
 
-def row_of(turns, rate, missing=''):
+def row_of(turns, rate, missing):
     """The turns of a side -> its figures: medians over all blocks, quartiles of the speed, the
     largest peak of memory. rate: GFLOP/s of matrix products.  missing: why there are none."""
     if missing:

@@ -128,7 +128,7 @@ def load_adapters(path, model, bottleneck):
     add_filled(model, lambda m: lora.adapt(m, 'adapter', bottleneck=bottleneck), fill_all)
 
 
-def info_of(path, moved=None):
+def info_of(path, moved):
     """run.json of a run folder, or what it would say of a folder from elsewhere (moved: --base)."""
     if os.path.isfile(path):
         raise UserError(f'{path} is a file: name the run folder that it is in')
