@@ -17,7 +17,8 @@ from lib.intervals import mean_interval
 from lib.metrics import softmax
 
 SHOWN = dict(accuracy='accuracy', macro_f1='macro F1')
-OWN = {'out', 'resume', 'seed', 'seeds', 'fold'}  # flags in which the runs differ
+# flags in which the runs differ, and one that may be typed or not: the method says it
+OWN = {'out', 'resume', 'seed', 'seeds', 'fold', 'lora'}
 COLUMNS = 'row text label probability likelier_label likelier_probability'.split()
 
 

@@ -174,7 +174,7 @@ def test_seeds():
     assert mine['adapter_model.safetensors'] == theirs['adapter_model.safetensors']
     before = {path: tree(path) for path in (f'{out}-seed5', f'{out}-seed6')}
     with contextlib.redirect_stdout(io.StringIO()):
-        found = train_cls.main([*flags, '--seeds', '3'])
+        found = train_cls.main([*flags, '--lora', '--seeds', '3'])  # the default method, typed
     assert before == {path: tree(path) for path in before}
     tests = [read_json(f'{out}-seed{s}/eval_results.json') for s in (5, 6, 7)]
     assert [r['test'] for r in found['runs']] == tests
