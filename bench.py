@@ -177,7 +177,7 @@ def worker(args):
     folder, side = workload.base_folder(args.model), args.worker
     engine, _, dtype = side.partition(' ')
     if engine == 'nanocls':
-        args.dtype = dtype or args.dtypes[0]
+        args.dtype = dtype
         blocks, lengths = ours(args, folder)
     else:
         room = onnxpeers if engine in plan.ENGINES else peers
@@ -191,7 +191,7 @@ def startup(args, folder, side):
     """Seconds that a new process needs to answer one text -> as from a worker."""
     run = os.path.join(args.shared, 'run')
     if side.startswith('nanocls'):
-        dtype = side.partition(' ')[2] or args.dtypes[0]
+        dtype = side.partition(' ')[2]
         command = python('predict.py', run, TEXT, '--device', args.device, '--dtype', dtype)
     elif side == 'floor':
         command = [sys.executable, '-c', 'import torch, numpy']

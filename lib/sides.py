@@ -60,8 +60,8 @@ def sides(args):
     if args.task == 'gen' and 'int8' in args.dtypes:  # which only an opened run has
         raise UserError('--dtype int8 is not for --task gen; eval and predict open a run')
     for dtype in args.dtypes:
-        name = f'nanocls {dtype}' if several else 'nanocls'
-        found.append(Side(name, name, dtype, ''))
+        key = f'nanocls {dtype}'
+        found.append(Side(key, key if several else 'nanocls', dtype, ''))
     for group in groups(args):
         if group == 'hf':
             peers = [] if args.task == 'adapter' else dict.fromkeys(args.hf)
