@@ -78,7 +78,7 @@ def theirs_gen(args, folder, peer):
     dtype = DTYPES[precision(args, peer)]
     models = [GPT2LMHeadModel.from_pretrained(folder, dtype=dtype) for _ in range(CLASSES)]
     models = [model.to(args.device).eval() for model in models]
-    rows = [[END, *tokens[i].tolist(), END] for i in range(len(tokens))]
+    rows = [[END, *ids.tolist(), END] for ids in tokens]
 
     def score(model, ids, mask):
         if peer == 'default':
@@ -111,7 +111,7 @@ def theirs_predict(args, peer):
         model.to(args.device).eval()
         with open(os.path.join(args.shared, 'texts.txt'), encoding='utf-8') as f:
             tokens = tokens_of(f.read().splitlines())
-        rows = [tokens[i].tolist() for i in range(len(tokens))]
+        rows = [ids.tolist() for ids in tokens]
         for part in in_parts(rows, 16, peer == 'best'):
             ids, mask = padded(part, batches, args.device)
             logits = model(input_ids=ids, attention_mask=mask).logits
@@ -171,7 +171,7 @@ def theirs_trainer(args, folder, peer):
     train = training_rows(args) if trains else None  # more rows are easier to group by length
     texts, y = (train.texts, train.y) if trains else texts_of(args)
     tokens = tokens_of(texts, args.length)
-    rows = [dict(input_ids=tokens[i].astype(np.int64), labels=int(c)) for i, c in enumerate(y)]
+    rows = [dict(input_ids=ids.astype(np.int64), labels=int(c)) for ids, c in zip(tokens, y)]
     first = min(WARM_UP, args.steps // 2)  # for head and last as well: Trainer caches nothing
     last = first + args.steps
     batches, times = [], []

@@ -74,7 +74,7 @@ def agnews_texts(args):
 def tokens_of(texts, max_length=None):
     """-> Tokens of the texts, each cut to its first max_length (128) tokens."""
     every = tokens.tokenize(tokens.tokenizer('gpt2'), texts)
-    rows = [every[i][: max_length or 128] for i in range(len(every))]
+    rows = [ids[: max_length or 128] for ids in every]
     return tokens.Tokens(np.concatenate(rows), np.cumsum([0] + [len(r) for r in rows]))
 
 
