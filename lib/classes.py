@@ -91,8 +91,7 @@ def leaked(old, args, ds):
     names = 'data split_seed val test max_samples balance quick eval_samples'.split()
     names += Format._fields[:-1]
     if all(old['args'][name] == getattr(args, name) for name in names):
-        hint = 'give the new rows as another file (--data FILE)'
-        check(args.out, old.get('split'), ds, hint)
+        check(args.out, old.get('split'), ds, 'give the new rows as another file (--data FILE)')
         return []
     were = seen(args.out, ds.val.texts + ds.test.texts)
     if were is None:

@@ -248,8 +248,7 @@ def complete(run):
     """Bring run.json up to date before the final test, now that all classes are trained."""
     args, info = run.args, run.info
     if args.prefix:
-        stored = os.path.join(args.out, 'base')
-        info['base']['sha256'] = checkpoints.base_sha256(stored)
+        info['base']['sha256'] = checkpoints.base_sha256(os.path.join(args.out, 'base'))
     for name in ('parameters', 'rule', 'calibration', 'likelihood_quantiles', 'results', 'pending'):
         info.pop(name, None)  # written again, in this order
     if not args.zero_shot:  # another process may have run the last phase

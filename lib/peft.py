@@ -148,8 +148,7 @@ def load_extras(folder, model, needed):
     path, places = os.path.join(folder, EXTRA), model.state_dict()
     tensors = load_safetensors(path) if os.path.isfile(path) else {}
     shapes = {n: t.shape for n, t in places.items() if n in tensors or n in needed}
-    why = f'{folder} does not fit model.py and lora.py as they are'
-    check_tensors(tensors, shapes, why)
+    check_tensors(tensors, shapes, f'{folder} does not fit model.py and lora.py as they are')
     for n, t in tensors.items():
         places[n].copy_(t)
 

@@ -45,8 +45,7 @@ def is_ours(side):
 def groups(args):
     """--against -> the groups that this task has. Raises UserError for one that it has not."""
     if 'all' in args.against:
-        fits = [name for name in ENGINES if args.task in ENGINES[name].tasks]
-        return ['hf', *fits]
+        return ['hf', *(name for name in ENGINES if args.task in ENGINES[name].tasks)]
     for name in args.against:
         if name in ENGINES and args.task not in ENGINES[name].tasks:
             tasks = ' and '.join(ENGINES[name].tasks)
@@ -67,8 +66,7 @@ def sides(args):
             peers = [] if args.task == 'adapter' else dict.fromkeys(args.hf)
             for peer in peers:
                 dtype = precision(args, peer)
-                missing = why_not_hf(args, peer)
-                found.append(Side(peer, f'Hugging Face {peer}', dtype, missing))
+                found.append(Side(peer, f'Hugging Face {peer}', dtype, why_not_hf(args, peer)))
             continue
         for dtype in ENGINES[group].precisions:
             name = f'{group} {dtype}'

@@ -135,8 +135,7 @@ def prepare(args, folder):
         while n - 2 * (n // 10) < rows:  # a tenth each becomes validation and test rows
             n += 1
         labels = ['negative', 'positive'] * (n // 2) + ['negative'] * (n % 2)
-        texts = texts_of_length(args.length, n)
-        write_rows(texts_csv(args), texts, labels)
+        write_rows(texts_csv(args), texts_of_length(args.length, n), labels)
     if args.task in ('eval', 'predict', 'startup'):
         ds = data.load('sst2', max_samples=20)
         write_rows(place('few.csv'), ds.train.texts, [ds.labels[c] for c in ds.train.y])
