@@ -18,7 +18,7 @@ if TOP not in sys.path:
 import data
 import train_cls
 import train_gen
-from docs.experiments import linear, write_texts
+from docs.experiments import finished, linear, write_texts
 from lib import cli, files
 from lib.intervals import wilson
 from lib.measure import machine
