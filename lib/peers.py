@@ -43,10 +43,8 @@ def precision(args, peer):
 def padded(rows, batches, device='cpu'):
     """Lists of ids -> ids and attention mask (B, T), padded to the longest as
     DataCollatorWithPadding does; appended to `batches`, see measure.block_of."""
-    T = max(map(len, rows))
-    ids, mask = torch.full((len(rows), T), END), torch.zeros(len(rows), T, dtype=torch.long)
-    for i, r in enumerate(rows):
-        ids[i, : len(r)], mask[i, : len(r)] = torch.as_tensor(r), 1
+    ids = torch.nn.utils.rnn.pad_sequence([torch.as_tensor(r) for r in rows], True, END)
+    mask = (torch.arange(ids.shape[1]) < torch.tensor([[len(r)] for r in rows])).long()
     batches.append((len(rows), int(mask.sum()), mask.numel()))
     return ids.to(device), mask.to(device)
 
