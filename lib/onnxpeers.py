@@ -70,9 +70,8 @@ def theirs_gen(args, models):
     rows, batches = tokens_of(agnews_texts(args)), []
 
     def run(rows):
-        for part, _, n in in_batches(rows, 1):
-            padded = len(n) * int(n.max())
-            batches.append((len(n), int(n.sum()), padded))
+        for part, ids, n in in_batches(rows, 1):
+            batches.append((len(n), int(n.sum()), ids.size))
             for model in models:
                 logprobs(model, [rows[i] for i in part])
 
