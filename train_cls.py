@@ -172,7 +172,7 @@ def main(argv=None):
         m = metrics(probs, ds.val.y, ds.labels)
         results = dict(val_loss=m['nll'], val_accuracy=m['accuracy'], val_macro_f1=m['macro_f1'])
         log.write(step=step, **results)
-        score = *selection(m, args.select), -step  # of equal scores the earliest
+        score = *selection(m, args.select), -step  # a tuple; of equal scores the earliest
         if best is None or score > best:
             best = score
             write_predictions(args.out, probs, ds.val.y, ds.labels)

@@ -27,7 +27,8 @@ STALE = 'frozen blocks are cached, but {}: start again with --plain and another 
 def frozen_depth(model):
     """Number of blocks, from the first, whose output for a text is the same in every step: nothing
     trains in them or below, and nothing is dropped."""
-    if model.prompt is not None or any(map(moves, (model.wte, model.wpe, model.drop))):
+    below = [m for name, m in model.named_children() if name in ('wte', 'wpe', 'drop')]
+    if model.prompt is not None or any(map(moves, below)):
         return 0
     moving = [moves(block) for block in model.h]
     return moving.index(True) if True in moving else len(model.h)
@@ -45,8 +46,8 @@ def cache(model, splits, *where):
     depth = frozen_depth(model)
     if not depth:
         return None
-    below = shipped.edited(*model.h[:depth], model.wte, model.drop)
-    if names := below + shipped.edited_methods(model, shipped.HIDDEN):
+    names = shipped.edited_methods(model, (*shipped.HIDDEN, 'classify', 'forward'))
+    if names := names or shipped.edited(*model.h[:depth], model.wte, model.drop):
         print(f'frozen blocks are not cached, because of an edit: {", ".join(names)}')
         return None
     if hooked(model.modules()):

@@ -162,7 +162,7 @@ def build(run, kind):
     original = model.state_dict()
     if kind == 'posterior':
         folders = [os.path.join(args.out, run.folders[label]) for label in labels]
-        peft.load_peft(folders, model, classes=len(labels))
+        peft.load_peft(folders, model, len(labels), args.r)
         if args.prefix:
             model.requires_grad_(True)
     else:

@@ -95,11 +95,12 @@ def extras(model):
 # --- reading ---
 
 
-def load_peft(folder, model, classes=0):
+def load_peft(folder, model, classes=0, r=None):
     """Add the adapter of a PEFT folder to a fresh GPT and fill it; every tensor must fit.
 
-    classes: K; `folder` is then a list of K folders with adapters of the same shape.  Raises
-    UserError for what does not fit or is not supported."""
+    classes: K; `folder` is then a list of K folders with adapters of the same shape.  r: as a run
+    was given it, of which an edit may have made other ranks.  Raises UserError for what does not
+    fit or is not supported."""
     folders = folder if classes else [folder]
     if why := classes and apart(folders):
         raise UserError(why)
@@ -112,7 +113,7 @@ def load_peft(folder, model, classes=0):
             return lora.adapt(model, 'prompt', prompt=first['n'], classes=classes)
         # PEFT skips targets that match nothing; the tensors must fit anyway
         options = dict(lora_options(first, model), classes=classes, allow_missing=True)
-        lora.adapt(model, 'lora', **options)
+        lora.adapt(model, 'lora', **{**options, 'r': r or options['r']})
 
     def fill_all(model):
         for i, one in enumerate(folders):

@@ -114,7 +114,7 @@ def load_cls(path, info, data_dir=None, moved=None):
     if method == 'adapter':
         load_adapters(path, model, info['args']['bottleneck'])
     else:
-        load_peft(path, model)
+        load_peft(path, model, r=info['args'].get('r'))
     return model
 
 

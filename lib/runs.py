@@ -77,7 +77,7 @@ def open_gen(path, info, how):
         passes = [(model, () if answers else prompts[label]) for label in labels]
     else:
         model = GPT.from_pretrained(base)
-        load_peft(folders, model, classes=len(labels))
+        load_peft(folders, model, len(labels), info['args'].get('r'))
         passes = [(model, ())]
     return GenRun(path, info, passes, answers, how)
 

@@ -251,7 +251,7 @@ class Log:
             raise files.cannot_write(self.path, e) from None
         step, width = record['step'], columns(sys.stdout)
         parts = [f'step {step}/{self.plan.max_steps}']
-        if 'loss' in record:
+        if 'pad_share' in record:  # of add()
             line = 'loss {loss:.4f}|lr {lr:.1e}|{examples_per_s:.1f} examples/s|'
             line += '{tokens_per_s:.0f} tokens/s|padding {padding:.1f} %'
             parts += line.format(padding=100 * record['pad_share'], **record).split('|')
@@ -260,5 +260,5 @@ class Log:
         else:
             shown = [(k, f'{v:.4f}' if type(v) is float else v) for k, v in record.items()]
             text = '  '.join(parts + [f'{k} {v}' for k, v in shown if k != 'step'])
-        end = '' if width and 'loss' in record else '\n'
+        end = '' if width and 'pad_share' in record else '\n'
         print(('\r\033[K' if width else '') + text, end=end, flush=True)

@@ -296,20 +296,22 @@ def test_scores_and_optimizers_of_an_edit_are_resumed():
 
 
 def test_lora_of_several_ranks_is_read_back():
-    """The scale of a layer is its own, whatever the rank of the first."""
+    """The scale of a layer is its own, and its rank made of --r, whatever the rank of the first."""
     init, _ = LoRA.__init__, place()
 
-    def start(self, base, r, *rest):
-        wider = base.weight.shape[1] == 4 * base.weight.shape[0]  # c_fc
-        init(self, base, r * (1 + wider), *rest)
+    for factor in (3, 4):  # of c_attn, the first, and of c_fc
 
-    with patched(LoRA, '__init__', start):
-        out, _ = train(*argv('--lora', '--max_steps', '20'))
-        run = open_run(out, 'cpu', 'fp32')
-        ranks = {m.A.shape[0] for m in run.model.modules() if isinstance(m, LoRA)}
-        val, want = own_data(run.info).val, run.info['results']['val_loss']
-    nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
-    assert len(ranks) == 2 and abs(nll - want) < 1e-5, (ranks, nll, want)
+        def start(self, base, r, *rest, factor=factor):
+            wider = base.weight.shape[1] == factor * base.weight.shape[0]
+            init(self, base, r * (1 + wider), *rest)
+
+        with patched(LoRA, '__init__', start):
+            out, _ = train(*argv('--lora', '--max_steps', '20'))
+            run = open_run(out, 'cpu', 'fp32')
+            ranks = {m.A.shape[0] for m in run.model.modules() if isinstance(m, LoRA)}
+            val, want = own_data(run.info).val, run.info['results']['val_loss']
+        nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+        assert len(ranks) == 2 and abs(nll - want) < 1e-5, (ranks, nll, want)
 
 
 def stop_after(last):

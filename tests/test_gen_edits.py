@@ -185,14 +185,14 @@ def test_a_reader_of_other_types():
 
 def test_a_rank_per_class():
     """Classes whose adapters differ are read one by one."""
-    build, ranks = lib.genrun.build, iter((2, 4))
+    flags, build, ranks = over_base('--lora', *SHORT), lib.genrun.build, iter((2, 4))
 
     def other(run, kind):
         run.args.r = next(ranks)
         return build(run, kind)
 
     with patched(lib.genrun, 'build', other):
-        out, _ = generate(*over_base('--lora', *SHORT))
+        out, _ = generate(*flags)
     run = open_run(out, 'cpu', 'fp32')
     assert [model.h[0].attn.c_attn.A.shape[0] for model, _ in run.passes] == [2, 4]
     assert len({model for model, _ in run.passes}) == 2

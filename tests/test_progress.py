@@ -75,8 +75,9 @@ def test_training_lines_fit_the_terminal():
             numbers = dict(loss=0.5, lr=1e-3, examples_per_s=126.3, tokens_per_s=7651.0)
             log.write(0.5, step=700, pad_share=0.1, **numbers)
             log.write(step=800, val_loss=0.1, val_accuracy=0.9)
+            log.write(step=800, loss=0.1, norm=2.5)  # of an edit
         found = [line for line in lines(shown) if line]
-        assert len(found) == 2 and found[0].endswith('0:50 left'), found
+        assert len(found) == 3 and found[0].endswith('0:50 left'), found
         assert len(found[0]) < width and ('padding 10.0 %' in found[0]) == (width == 120), found
         assert 'val_accuracy 0.9000' in found[1], found
     text = train(*TINY, '--head', '--max_steps', '3', '--log_every', '1')[1]
