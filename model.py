@@ -271,7 +271,7 @@ class GPT(nn.Module):
         if 'lm_head.weight' not in named:  # an edit may untie it
             checkpoints.drop_tied_head(tensors, folder)
         if new_head and 'score.weight' in named:  # not in a head of an edit
-            tensors['score.weight'] = torch.empty(num_labels, cfg.n_embd).normal_(0.0, 0.02)
+            tensors['score.weight'] = torch.empty(named['score.weight'].shape).normal_(0.0, 0.02)
         may_lack = named if new_head else buffers  # of what an edit added
         added = {n for n in may_lack if n not in tensors and not checkpoints.NAMES.fullmatch(n)}
         shapes = {n: t.shape for n, t in named.items() if n not in added}

@@ -295,6 +295,25 @@ def test_scores_and_optimizers_of_an_edit_are_resumed():
     assert a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
 
 
+def test_a_head_that_reads_more_states():
+    """On a model that was loaded, a head of another width is drawn in that width."""
+    init, _ = GPT.__init__, place()
+
+    def start(self, cfg, num_labels=0):
+        init(self, cfg, num_labels)
+        if num_labels:
+            self.score = model_module.Head(2 * cfg.n_embd, num_labels, bias=False)
+
+    def classify(self, ids, lengths):
+        x = self.hidden(ids)
+        return self.score(torch.cat((self.pool(x, lengths), x[:, 0]), 1))
+
+    with patched(GPT, '__init__', start), patched(GPT, 'classify', classify):
+        for method in ('--head', '--lora'):
+            out, _ = train(*argv(method))
+            assert open_run(out).model.score.weight.shape == (2, 64)
+
+
 def test_lora_of_several_ranks_is_read_back():
     """The scale of a layer is its own, and its rank made of --r, whatever the rank of the first."""
     init, _ = LoRA.__init__, place()

@@ -146,7 +146,8 @@ def test_gpubench_on_a_little_model():
 
     gpu = dict(is_available=lambda: True, get_device_name=lambda: 'a CPU')
     with little_bench(), unittest.mock.patch.multiple(torch.cuda, **gpu):
-        with patched(gpubench, 'measure', here):
+        none = patched(torch.accelerator, 'current_accelerator', lambda **k: None)  # AdamW asks
+        with patched(gpubench, 'measure', here), none:
             argv = ['--gpu', '--model', 'distilgpt2', '--json', path]
             code, text, _ = script(bench.main, argv)
     assert not code and 'distilgpt2, bfloat16, a CPU, torch' in text, text

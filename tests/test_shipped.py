@@ -142,9 +142,8 @@ def test_an_edit_of_lora_is_exported_if_delta_follows():
 def test_an_edit_of_an_embedding_or_of_the_head_is_not_cached():
     """Dropout in front of the head, and noise on embeddings: in training alone."""
 
-    def classify(self, ids, lengths):
-        state = self.pool(self.hidden(self.padded(ids)), lengths)
-        return self.score(torch.nn.functional.dropout(state, 0.5, self.training))
+    def pool(self, x, lengths, before=GPT.pool):
+        return torch.nn.functional.dropout(before(self, x, lengths), 0.5, self.training)
 
     def noisy(self, ids):
         x = torch.nn.functional.embedding(ids, self.weight)
@@ -156,7 +155,7 @@ def test_an_edit_of_an_embedding_or_of_the_head_is_not_cached():
     splits, where = dict(train=tokens), (16, 'first', CPU, torch.float32)
     ids, n = ragged(257)
     with fresh_cache():
-        with patched(GPT, 'classify', classify):
+        with patched(GPT, 'pool', pool):
             feed = frozen.cache(small.train(), splits, *where)
             ids, n = data.collate(tokens, np.arange(2), 16, 'first', small.end)
             states = feed.states['train'](np.arange(2), ids)
