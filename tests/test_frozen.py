@@ -298,6 +298,16 @@ def test_edits_that_read_other_states_are_not_cached():
         assert frozen.cache(model, dict(train=tokens), *how) is None
 
 
+def test_a_second_head_reads_cached_states():
+    """What trains beside `score` above frozen blocks: no block is left to compute."""
+    with fresh_cache():
+        model, tokens, how = example('head')
+        model.length = torch.nn.Linear(64, 1)
+        feed = frozen.cache(model, dict(train=tokens), *how)
+        got = class_logits(model, tokens, *how, net=feed.net, states=feed.states['train'])
+        assert np.allclose(got, class_logits(model, tokens, *how), atol=1e-4)
+
+
 def test_an_edit_above_the_frozen_blocks_leaves_the_cache():
     """An edited LoRA in the last block runs as written on the cached output of those below."""
     before = lora.LoRA.forward
