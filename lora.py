@@ -212,10 +212,10 @@ def trained_state(model):
 
 
 def merge(model):
-    """Replace every LoRA by its base layer with scale B A added to the weight, once, in place."""
+    """Replace every LoRA by its base layer with scale B A added to the weight, once."""
     for name, m in list(model.named_modules()):
         if isinstance(m, LoRA):
-            m.base.weight.data = m.base.weight.data + m.delta()
+            m.base.weight = nn.Parameter(m.base.weight.data + m.delta(), requires_grad=False)
             replace(model, name, m.base)
 
 

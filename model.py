@@ -282,5 +282,8 @@ class GPT(nn.Module):
         if added or checkpoints.has_plain_tensors(model):
             model = cls(cfg, num_labels).init_weights(only=added)
             tensors.update({n: t for n, t in model.state_dict().items() if n in added})
+        once = {}  # {id of a parameter: the one that is loaded}: an edit may share one
+        for name, p in model.named_parameters(remove_duplicate=False):
+            tensors[name] = once.setdefault(id(p), nn.Parameter(tensors[name]))
         model.load_state_dict(tensors, strict=True, assign=True)
-        return model.requires_grad_(True)  # assign=True took over the flags of plain tensors
+        return model

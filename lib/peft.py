@@ -98,9 +98,8 @@ def extras(model):
 def load_peft(folder, model, classes=0, r=None):
     """Add the adapter of a PEFT folder to a fresh GPT and fill it; every tensor must fit.
 
-    classes: K; `folder` is then a list of K folders with adapters of the same shape.  r: as a run
-    was given it, of which an edit may have made other ranks.  Raises UserError for what does not
-    fit or is not supported."""
+    classes: K; `folder` is then a list of K folders with adapters of the same shape.  r: --r of
+    the run, whatever ranks an edit made of it.  Raises UserError for what does not fit."""
     folders = folder if classes else [folder]
     if why := classes and apart(folders):
         raise UserError(why)

@@ -64,8 +64,7 @@ def tokens_at_once(model, device, dtype, copies):
     if device.type != 'cpu':
         return 65536
     cached = max(256, CACHED // model.cfg.n_embd) * min(copies, 3)
-    cached *= 1 if dtype == torch.float32 else 2
-    return cached if dtype == torch.bfloat16 else max(cached, 1024)  # docs/speed.md
+    return 2 * cached if dtype == torch.bfloat16 else max(cached, 1024)  # docs/speed.md
 
 
 def gathered(own, order):

@@ -143,6 +143,7 @@ def test_ctrl_c_ends_the_experiments():
     with (
         environment(NANOCLS_CACHE=cache),
         patched(data, 'load', lambda name: few),
+        patched(experiments, 'tokenizer', lambda name: ENC),
         patched(train_gen, 'main', lambda argv: 130),
     ):
         study = experiments.Study('sst2', (1, 64), os.path.join(cache, 'rows.json'), tmp())

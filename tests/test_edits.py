@@ -314,6 +314,24 @@ def test_a_head_that_reads_more_states():
             assert open_run(out).model.score.weight.shape == (2, 64)
 
 
+def test_a_shared_parameter_stays_shared():
+    """An edit gives two layers one weight: it is one in training and in an opened run."""
+    init, _ = GPT.__init__, place()
+
+    def start(self, *a):
+        init(self, *a)
+        self.h[1].mlp.c_fc.weight = self.h[0].mlp.c_fc.weight
+
+    with patched(GPT, '__init__', start):
+        for method in ('--full', '--lora'):
+            run = open_run(train(*argv(method))[0], 'cpu', 'fp32', plain=True)
+            first, second = (block.mlp.c_fc.weight for block in run.model.h)
+            assert (first is second) == (method == '--full')  # LoRA is merged into each
+            val, want = own_data(run.info).val, run.info['results']['val_loss']
+            nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+            assert abs(nll - want) < 1e-5, (method, nll, want)
+
+
 def test_lora_of_several_ranks_is_read_back():
     """The scale of a layer is its own, and its rank made of --r, whatever the rank of the first."""
     init, _ = LoRA.__init__, place()
