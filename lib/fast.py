@@ -89,7 +89,7 @@ def keep_freed_memory():
 def classify(self, ids, lengths):  # the last block at each text's last token alone
     blocks = [fast for fast in map(fast_forward, self.h) if isinstance(fast, FastBlock)]
     known = self.pooling == 'last' and not {'hidden', 'padded', 'pool'} & vars(self).keys()
-    known = known and blocks and blocks[-1] is fast_forward(self.h[-1])  # lib/frozen.py: none
+    known = known and blocks and blocks[-1] is fast_forward(self.h[-1])  # none above cached ones
     beside = (m for m in self.children() if m is not self.h)
     if not known or hooked(beside) or any(block.touched() for block in blocks):
         return type(self).classify(self, ids, lengths)
