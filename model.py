@@ -268,10 +268,13 @@ class GPT(nn.Module):
             model = cls(cfg, num_labels)
         buffers = dict(model.named_buffers(remove_duplicate=False))  # an edit may repeat a block
         named = {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+        first = {}  # {id of a tensor: its first name}: an edit may share one
+        same = {n: first.setdefault(id(t), n) for n, t in named.items()}
         if 'lm_head.weight' not in named:  # an edit may untie it
             checkpoints.drop_tied_head(tensors, folder)
         if new_head and 'score.weight' in named:  # not in a head of an edit
             tensors['score.weight'] = torch.empty(named['score.weight'].shape).normal_(0.0, 0.02)
+        tensors = {**{n: tensors[f] for n, f in same.items() if f in tensors}, **tensors}
         may_lack = named if new_head else buffers  # of what an edit added
         added = {n for n in may_lack if n not in tensors and not checkpoints.NAMES.fullmatch(n)}
         shapes = {n: t.shape for n, t in named.items() if n not in added}
@@ -282,8 +285,7 @@ class GPT(nn.Module):
         if added or checkpoints.has_plain_tensors(model):
             model = cls(cfg, num_labels).init_weights(only=added)
             tensors.update({n: t for n, t in model.state_dict().items() if n in added})
-        once = {}  # {id of a parameter: the one that is loaded}: an edit may share one
-        for name, p in model.named_parameters(remove_duplicate=False):
-            tensors[name] = once.setdefault(id(p), nn.Parameter(tensors[name]))
+        once = {n: nn.Parameter(tensors[n]) for n in first.values() if n not in buffers}
+        tensors.update({n: once[f] for n, f in same.items() if f in once})
         model.load_state_dict(tensors, strict=True, assign=True)
         return model

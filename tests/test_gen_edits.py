@@ -21,10 +21,11 @@ from lib.explain import explain
 from lib.files import UserError, read_json
 from lib.runs import GenRun, open_run
 from lib.tensors import load_safetensors
-from model import GPT
+from model import GPT, Head
 from tests.helpers import (
     SHAPE,
     TINY,
+    far,
     fresh_cache,
     gen_run,
     generate,
@@ -181,6 +182,23 @@ def test_a_reader_of_other_types():
             os.chdir(start)
     finally:
         del data.READERS['mine']
+
+
+def test_a_tied_head_of_the_language_model():
+    """An edit gives wte's weight a second name, which the file of the weights lacks."""
+    flags, init = over_base('--lora', *SHORT), GPT.__init__
+
+    def start(self, cfg, num_labels=0):
+        init(self, cfg, num_labels)
+        self.lm_head = Head(cfg.n_embd, cfg.vocab_size, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    logits = open_run(generate(*flags)[0], 'cpu', 'fp32').logits(['good', 'not bad'])
+    with patched(GPT, '__init__', start):
+        with patched(GPT, 'next_logits', lambda self, h: self.lm_head(h.float())):
+            run = open_run(generate(*flags)[0], 'cpu', 'fp32')
+            assert run.passes[0][0].lm_head.weight is run.passes[0][0].wte.weight
+            assert far(*map(torch.from_numpy, (run.logits(['good', 'not bad']), logits))) < 1e-4
 
 
 def test_a_rank_per_class():
