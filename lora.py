@@ -212,7 +212,7 @@ def trained_state(model):
 
 
 def merge(model):
-    """Replace every LoRA by its base layer with scale B A added to the weight, once."""
+    """Replace every LoRA by its base layer, with scale B A added to a weight of its own."""
     for name, m in list(model.named_modules()):
         if isinstance(m, LoRA):
             m.base.weight = nn.Parameter(m.base.weight.data + m.delta(), requires_grad=False)

@@ -251,7 +251,9 @@ class Study:
 
 def finished(results):
     """What main() of a script returned; an exit code, that of Ctrl-C, ends this program too."""
-    return results if isinstance(results, dict) else sys.exit(results)
+    if code := cli.exit_code(results):
+        sys.exit(code)
+    return results
 
 
 def write_texts(path, texts):

@@ -69,7 +69,8 @@ def cases():
     batch = Case('lora, batch 256', ['--task', 'lora', '--batch_size', '256'], True)
     flags = ['--task', 'lora', '--length', '128', '--steps', '4']  # for the memory
     length = Case('lora, 128 tokens each', flags, True)
-    return [*found, *variants[:4], batch, length, *variants[4:]]
+    first = 2 * len(VARIANTS)  # of two tasks
+    return [*found, *variants[:first], batch, length, *variants[first:]]
 
 
 def command_of(case, model):

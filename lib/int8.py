@@ -159,7 +159,6 @@ def quantize(run):
         raise UserError(f'{run.path}: none of its layers can be computed in int8')
     run.dtype = torch.int8
     after, new_labels = scores(run, tokens)
-    agree = int((new_labels == labels).sum())
     error, share = abs(after - before).max(), (abs(after - before) / abs(before)).max()
     if run.kind == 'cls':
         share = error / abs(before).max()
@@ -171,7 +170,7 @@ def quantize(run):
         raise UserError(f'--dtype int8 is too coarse for {run.path}: {text}')
     if ranks.rank() == 0:
         what = f'int8: {done} of {counted(layers, "layer")}; {counted(len(TEXTS), "text")} beside'
-        text = f'{what} float32: {far}, {agree} of {len(TEXTS)} labels agree'
+        text = f'{what} float32: {far}, {(new_labels == labels).sum()} of {len(TEXTS)} labels agree'
         print(text, file=sys.stderr)
     return run
 

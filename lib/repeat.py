@@ -17,8 +17,7 @@ from lib.intervals import mean_interval
 from lib.metrics import softmax
 
 SHOWN = dict(accuracy='accuracy', macro_f1='macro F1')
-# flags in which the runs differ, and one that may be typed or not: the method says it
-OWN = {'out', 'resume', 'seed', 'seeds', 'fold', 'lora'}
+OWN = {'out', 'resume', 'seed', 'seeds', 'fold', 'lora'}  # runs differ in them; lora: the default
 COLUMNS = 'row text label probability likelier_label likelier_probability'.split()
 
 

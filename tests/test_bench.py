@@ -435,8 +435,8 @@ def no_package(*names):
     return patched(importlib.util, 'find_spec', lambda n: None if n in names else real(n))
 
 
-def bf16(native):
-    return patched(device, 'bf16_pays', lambda: native)
+def bf16(pays):
+    return patched(device, 'bf16_pays', lambda: pays)
 
 
 def test_bench_engines():
