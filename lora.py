@@ -4,7 +4,6 @@ blocks, everything. Each is added to a plain GPT from outside; adapt() chooses.
 Shapes in the comments: B texts, T tokens, C width, K classes, N prompt vectors, r rank."""
 
 import math
-import re
 from collections import Counter
 
 import torch
@@ -16,8 +15,6 @@ from lib.files import UserError
 from lib.flags import ALL_METHODS
 from lib.report import counted
 from model import Conv1D
-
-WRAPPER = re.compile(r'\.(base|sub)\.')  # what wrapping a layer adds to the names of its weights
 
 
 class LoRA(nn.Module):
@@ -181,8 +178,8 @@ def describe(model, wrapped):
     rows = Counter()
     for name in wrapped:
         m = model.get_submodule(name)
-        own = [p for n, p in m.named_parameters() if not WRAPPER.search(f'.{n}')]
-        what = f'{type(m).__name__} {" x ".join(str(tuple(p.shape)) for p in own if p.dim() > 1)}'
+        shapes = [str(tuple(p.shape)) for p in own(m).values() if p.dim() > 1]
+        what = f'{type(m).__name__} {" x ".join(shapes)}'
         rows[f'h.*.{name.split(".", 2)[2]:<12} {what}'] += 1
     train, total = count(model).values()
     share = 100 * train / total
@@ -193,22 +190,32 @@ def describe(model, wrapped):
 # --- states and merging ---
 
 
-def plain_name(name):
-    """Name of a weight -> its name in a GPT without LoRA and adapters."""
-    return WRAPPER.sub('.', name)
+def own(wrapper):
+    """{name: parameter} of what a LoRA or an Adapter adds to the layer inside it."""
+    return {n: p for n, p in wrapper.named_parameters() if not n.startswith(('base.', 'sub.'))}
+
+
+def plain_names(model):
+    """{name of a weight or buffer: its name in a GPT without LoRA and adapters}"""
+    names = {n: n for n in model.state_dict()}
+    for name, m in reversed([*model.named_modules()]):  # what is inside another one first
+        if isinstance(m, (LoRA, Adapter)):
+            inside = f'{name}.base.' if isinstance(m, LoRA) else f'{name}.sub.'
+            names = {n: plain.replace(inside, f'{name}.') for n, plain in names.items()}
+    return names
 
 
 def trained_state(model):
-    """{plain name: float32 tensor} to save over the weights as they were read: what trains, and
-    every weight that is still float32 (what device.place rounded has not changed), without those of
-    LoRA, adapters and the prompt."""
+    """{plain name: tensor} to save over the weights as they were read: what trains, in float32, and
+    what device.place did not round (that has not changed), without LoRA, adapters and the
+    prompt."""
     wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, (LoRA, Adapter))]
-    added = {f'{name}.{n}' for name, m in wrappers for n, _ in m.named_parameters()}
-    added = {n for n in added if not WRAPPER.search(n)} | {'prompt'}
-    trains = trainables(model)
+    added = {f'{name}.{n}' for name, m in wrappers for n in own(m)} | {'prompt'}
+    trains, plain = trainables(model), plain_names(model)
     state = {n: t for n, t in model.state_dict().items() if n not in added}
-    state = {n: t for n, t in state.items() if t.dtype == torch.float32 or n in trains}
-    return {plain_name(n): t.float() for n, t in state.items()}
+    rounded = {n for n, t in state.items() if t.is_floating_point() and t.dtype != torch.float32}
+    state = {n: t for n, t in state.items() if n in trains or n not in rounded}
+    return {plain[n]: t.float() if n in rounded else t for n, t in state.items()}
 
 
 def merge(model):
@@ -225,11 +232,10 @@ def merged_state(model, index=None):
     merged form."""
     if model.prompt is not None or any(isinstance(m, Adapter) for m in model.modules()):
         raise UserError('adapters and prompt vectors cannot be merged into GPT-2; only --lora can')
-    state = {n: t.float().cpu() for n, t in model.state_dict().items()}
+    state, plain = {n: t.float().cpu() for n, t in model.state_dict().items()}, plain_names(model)
     for name, m in model.named_modules():
         if isinstance(m, LoRA):
             state[name + '.base.weight'] = state[name + '.base.weight'] + m.delta(index).cpu()
-            for n, _ in m.named_parameters(prefix=name):
-                if not n.startswith(name + '.base.'):  # A, B, and what an edit added
-                    del state[n]
-    return {plain_name(n): t for n, t in state.items()}
+            for n in own(m):  # A, B, and what an edit added
+                del state[f'{name}.{n}']
+    return {plain[n]: t for n, t in state.items()}

@@ -54,16 +54,18 @@ def start_from(model, args, ds):
     path, info = args.init, runfolder.read_run(args.init)
     source, old = runfolder.load_cls(path, info, args.data_dir), info['labels']
     theirs = source.state_dict()
-    if 'score.weight' not in theirs and ds.labels != old:
+    head = {n for n in theirs if n.startswith('score.')}
+    by_label = head <= {'score.weight', 'score.bias'}  # a row each
+    if not by_label and ds.labels != old:
         why = 'its head, edited, has no row per label; the data must have the labels of that run'
         raise UserError(f'--init {path}: {why}: {listing(old)}')
     with torch.no_grad():
         for name, t in model.state_dict().items():  # also buffers, and what an edit froze
-            if name != 'score.weight' and not torch.equal(t, theirs[name]):
+            if by_label and name in head:
+                for i, label in enumerate(ds.labels):
+                    t[i] = theirs[name][old.index(label)] if label in old else t[i]
+            elif not torch.equal(t, theirs[name]):
                 t.copy_(theirs[name])
-        for i, label in enumerate(ds.labels):
-            if 'score.weight' in theirs and label in old:
-                model.score.weight[i] = source.score.weight[old.index(label)]
     new = [label for label in ds.labels if label not in old]
     gone = [label for label in old if label not in ds.labels]
     ds.notes += [f'new in the head: {listing(new)}'] * bool(new)

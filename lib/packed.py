@@ -43,6 +43,7 @@ class Taped(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable  # an error for a gradient of gradients
     def backward(ctx, g):
         tape = Tape(ctx.saved_tensors, ctx.rows)
         dx, *rest = ctx.part.vjp(g, tape, ctx.needs_input_grad[0])
@@ -153,7 +154,7 @@ class FastLoRA:
         below W are all classes' B^T, and a row has zeros for those of the others."""
         (A, B), conv = self.weights, self.lora.base
         k, r, n_in = len(A) if A.dim() == 3 else 0, *A.shape[-2:]
-        now = stamp(conv.weight, conv.bias, A, B)
+        now = [*stamp(conv.weight, conv.bias, A, B), float(self.lora.scale * (A.sum() + B.sum()))]
         if self.of != now:
             W, down, mask = conv.weight.detach(), None, None
             if k:

@@ -125,7 +125,8 @@ def load_peft(folder, model, classes=0, r=None):
 
     add_filled(model, add, fill_all)
     known.update(peft_names(model).values())
-    needed = {n for n, _ in model.named_parameters() if not {n, lora.plain_name(n)} & known}
+    plain = lora.plain_names(model)
+    needed = {n for n, _ in model.named_parameters() if not {n, plain[n]} & known}
     load_extras(folders[0], model, needed)
 
 

@@ -73,8 +73,8 @@ def save(folder, model, info, original, results):
 
 def notes(model, method, pool='last'):
     """Lines about what other programs will miss, or compute otherwise, in the folder of a run."""
-    names = [] if method == 'adapter' else lora.trainables(model)
-    names = {n for n in names if not NAMES.fullmatch(lora.plain_name(n))}
+    names, plain = [] if method == 'adapter' else lora.trainables(model), lora.plain_names(model)
+    names = {n for n in names if not NAMES.fullmatch(plain[n])}
     names -= set(peft_names(model).values())
     if method in ('lora', 'prompt'):
         names |= extras(model).keys()

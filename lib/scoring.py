@@ -83,7 +83,8 @@ def gathered(own, order):
 def class_logits(model, tokens, *where, net=None, states=None, **options):
     """Logits (N, K) float32 numpy of every text of `tokens`, in their order. where: max_length,
     keep, device, dtype.  net, states: of lib/frozen.py, for a model whose blocks are cached."""
-    if net is None or net.model is not model:  # an average of its weights, say
+    # an average of its weights, say, or a second validation set
+    if net is None or net.model is not model or states.tokens is not tokens:
         net, states = model, None
 
     def fn(ids, n, index):

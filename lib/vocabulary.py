@@ -74,6 +74,7 @@ class NextLogprobs(torch.autograd.Function):
             yield columns, x.float()
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, g):  # g (M,)
         if len(ctx.saved_tensors) == 1:
             (grad,) = ctx.saved_tensors

@@ -238,8 +238,8 @@ def test_resume_holds_what_an_edit_added():
 
 
 def test_what_a_batch_norm_has_seen_is_kept():
-    """Statistics of a head are saved with every method, resumed, and taken along by --init; so is
-    a buffer that an edit replaces, and one of integers."""
+    """Statistics of a head are saved with every method, resumed, and taken along by --init; so are
+    buffers that an edit replaces, and one of integers."""
     init, _ = GPT.__init__, place()  # made without the edit
 
     def start(self, *a, **k):
@@ -248,12 +248,13 @@ def test_what_a_batch_norm_has_seen_is_kept():
             inner = nn.BatchNorm1d(32, momentum=None)  # which counts its batches
             self.score = nn.Sequential(inner, nn.Linear(32, self.num_labels))
             self.score.register_buffer('seen', torch.zeros(()))
+            self.register_buffer('steps', torch.tensor(0))
             self.register_buffer('mask', torch.arange(32) < 20)
 
     def classify(self, ids, lengths):
         state = self.pool(self.hidden(ids), lengths)
         if self.training:
-            self.score.seen = self.score.seen + 1
+            self.score.seen, self.steps = self.score.seen + 1, self.steps + 1
         return self.score(state.masked_fill(self.mask, 0.0)) / (1 + self.score.seen)
 
     with patched(GPT, '__init__', start), patched(GPT, 'classify', classify):
@@ -263,6 +264,7 @@ def test_what_a_batch_norm_has_seen_is_kept():
             val, want = own_data(run.info).val, run.info['results']['val_loss']
             nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
             assert abs(nll - want) < 1e-5, (method, nll, want)
+            assert int(run.model.steps) == float(run.model.score.seen), method
             again = os.path.join(tmp(), 'run')
             with patched(train_cls.training.Plan, 'evaluates', stop_after(2)):
                 raises(Stop, train_cls.main, argv(*FLAGS[method], '--out', again))
@@ -272,6 +274,25 @@ def test_what_a_batch_norm_has_seen_is_kept():
             still = '--max_steps 1 --lr 1e-30 --batch_size 8 --dtype fp32'.split()
             new = open_run(train('--init', out, *argv()[:2], *still)[0], 'cpu', 'fp32')
             assert float(new.model.score.seen) == float(run.model.score.seen) + 1 > 1, method
+
+
+def test_a_layer_may_be_called_base():
+    """As the one that LoRA wraps; with it, and with a method that wraps nothing."""
+    init, forward, _ = MLP.__init__, MLP.forward, place()
+
+    def start(self, cfg):
+        init(self, cfg)
+        self.base = nn.Linear(32, 32)
+
+    with (
+        patched(MLP, '__init__', start),
+        patched(MLP, 'forward', lambda self, x: forward(self, self.base(x))),
+    ):
+        for method in ('--full', '--head', '--lora', '--adapter'):
+            run = open_run(train(*argv(*FLAGS[method[2:]]))[0], 'cpu', 'fp32')
+            val, want = own_data(run.info).val, run.info['results']['val_loss']
+            nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+            assert abs(nll - want) < 1e-5, (method, nll, want)
 
 
 def test_scores_and_optimizers_of_an_edit_are_resumed():

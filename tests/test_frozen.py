@@ -147,8 +147,8 @@ def test_what_cached_states_come_from_is_watched():
 
 def test_edits_around_frozen_states():
     """Another data.collate has states of its own, tokens that are replaced in a later step are
-    noticed, another model is not given the cached ones, and what pool leaves in the model is of
-    this step."""
+    noticed, another model and other texts are not given the cached ones, and what pool leaves in
+    the model is of this step."""
 
     def kept(self, x, lengths, before=GPT.pool):
         self.pooled = before(self, x, lengths)
@@ -177,6 +177,9 @@ def test_edits_around_frozen_states():
             mean.h[0].mlp.c_fc.weight.mul_(2)
         got = class_logits(mean, tokens, *how, net=feed.net, states=states)
         assert np.array_equal(got, class_logits(mean, tokens, *how))
+        second = tokenize(tokenizer('bytes'), ['of a second validation set'] * 40, cache=False)
+        got = class_logits(model, second, *how, net=feed.net, states=states)
+        assert np.array_equal(got, class_logits(model, second, *how))
         with patched(data, 'collate', other):
             feed = frozen.cache(model, dict(train=tokens), *how)
             assert len(os.listdir(cached('frozen'))) == 2

@@ -11,7 +11,19 @@ from lib import rundata
 from lib.files import UserError, read_json
 from lib.runs import open_run
 from lib.tables import read_table
-from tests.helpers import FLAGS, SCRATCH, TOPICS, gen_run, raises, script, tmp, topics, train
+from model import GPT, Head
+from tests.helpers import (
+    FLAGS,
+    SCRATCH,
+    TOPICS,
+    gen_run,
+    patched,
+    raises,
+    script,
+    tmp,
+    topics,
+    train,
+)
 
 STEPS = '--max_steps 6 --batch_size 8 --lr 1e-2 --dtype fp32'.split()
 STILL = '--max_steps 1 --batch_size 8 --lr 1e-30 --dtype fp32'.split()  # moves no weight
@@ -52,6 +64,22 @@ def test_init_goes_on_with_model_and_head():
     shutil.rmtree(copy)
     open_run(out, 'cpu', 'fp32')
     assert os.path.isdir(base)
+
+
+def test_init_takes_a_bias_of_the_head_along():
+    """Of an edit: each label has its own, whatever its place."""
+    init = GPT.__init__
+
+    def start(self, cfg, num_labels=0):
+        init(self, cfg, num_labels)
+        if num_labels:
+            self.score = Head(cfg.n_embd, num_labels)  # with a bias
+
+    with patched(GPT, '__init__', start):
+        path, _ = train('--data', topics(), *SCRATCH, '--full', *STEPS)
+        out, _ = train('--init', path, '--data', others(), *STILL)
+        old, new = (open_run(x, 'cpu', 'fp32').model.score.bias.tolist() for x in (path, out))
+    assert new[1] == old[1] and abs(new[0]) < 1e-9 < abs(old[1]), (old, new)
 
 
 def test_init_knows_what_the_first_run_saw():

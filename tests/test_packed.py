@@ -15,6 +15,7 @@ from lib.device import autocast, cpu_is_intels, place
 from lib.fast import speed_up
 from lib.matrices import MKLPacked32, Packed, Packed32, packing
 from lib.packed import GELU, FastConv1D, FastLoRA, Taped, ThinLoRA
+from lib.vocabulary import NextLogprobs
 from model import Conv1D
 from tests.helpers import (
     ALL,
@@ -26,6 +27,7 @@ from tests.helpers import (
     formula_model,
     patched,
     ragged,
+    raises,
     skip,
     stirred,
     tmp,
@@ -132,6 +134,17 @@ def test_lora_layers_are_their_formula():
                 assert torch.equal(b.detach(), x.to(b.dtype)), 'the input was overwritten'
 
 
+def test_gradients_of_gradients_are_refused():
+    """The hand-written backward passes give none: an error, where a number would be wrong."""
+    layer = lora.LoRA(conv(32, 48), 4, 0.5, 0.0)
+    layer.B.data.normal_()
+    W, target = torch.randn(50, 32, requires_grad=True), torch.arange(7)
+    for fn in (FastLoRA(layer, Unpacked32), lambda x: NextLogprobs.apply(x, W, target, None)):
+        x = torch.randn(7, 32, requires_grad=True)
+        (g,) = torch.autograd.grad(fn(x).square().sum(), x, create_graph=True)
+        raises(RuntimeError, g.square().sum().backward, match='twice')
+
+
 def third(x, p=0.5, training=True, inplace=False):
     """Dropout of every third value, from the second on."""
     if not training or not p:
@@ -141,7 +154,8 @@ def third(x, p=0.5, training=True, inplace=False):
 
 
 def test_lora_folded_into_the_product():
-    """While nothing trains, LoRA is part of one packed product, for one class and for several."""
+    """While nothing trains, LoRA is part of one packed product, for one class and for several; a
+    new one if its scale is another, or its weights are, unseen by autograd (a running average)."""
     for matrix, limit in KINDS:
         for classes, r in ((0, 2), (3, 2)):
             torch.manual_seed(0)
@@ -156,6 +170,10 @@ def test_lora_folded_into_the_product():
                     assert (fast(x).shape == got.shape) and fast.folded is not None
                 assert far(got.double(), want) < max(limit, 2e-6), (matrix, classes, gelu)
             assert fast.base.packed is None, 'packed twice'
+            for change in (lambda: setattr(layer, 'scale', 2.0), lambda: layer.B.data.mul_(0.5)):
+                change()
+                with torch.no_grad():
+                    assert torch.equal(fast(x), FastLoRA(layer, matrix)(x)), (matrix, classes)
 
 
 def test_block_as_one_node():
