@@ -36,7 +36,7 @@ def save_peft(folder, model, base_name, index=None):
     """Write a model's LoRA or prompt vectors, and its head if it has one. index: which of K
     classes."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRA)}
-    params, cfg = dict(model.named_parameters()), model.cfg
+    params, cfg = dict(model.named_parameters(remove_duplicate=False)), model.cfg
     head = 'score.weight' in params  # a head of an edit is among the extras
     config = dict(task_type='SEQ_CLS' if model.num_labels else 'CAUSAL_LM')
     config.update(base_model_name_or_path=base_name, inference_mode=True)
@@ -71,7 +71,8 @@ def save_peft(folder, model, base_name, index=None):
 def peft_names(model):
     """{name in PEFT's file: name in the model} of a model's LoRA or prompt, and of its head, if
     that is GPT-2's. Raises UserError for a LoRA of an edit that has no A and B."""
-    params, head = dict(model.named_parameters()), 'base_model.model.score.weight'
+    params = dict(model.named_parameters(remove_duplicate=False))  # an edit may share one
+    head = 'base_model.model.score.weight'
     if model.prompt is None:
         layers = [n for n, m in model.named_modules() if isinstance(m, LoRA)]
         names = {f'{PREFIX}{n}.lora_{k}.weight': f'{n}.{k}' for n in layers for k in 'AB'}

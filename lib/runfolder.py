@@ -261,7 +261,11 @@ def gen_fields(info, labels, method):
         return isinstance(x, dict) and all(label in x and check(x[label]) for label in labels)
 
     def calibration(x):
-        return isinstance(x, dict) and POSITIVE(x.get('tau')) and by_label(x.get('bias'), NUMBER)
+        if not isinstance(x, dict) or not by_label(x.get('bias'), NUMBER):
+            return False
+        tau = x.get('tau')  # of an edit also one per class
+        each = isinstance(tau, list) and len(tau) == len(labels) and all(map(POSITIVE, tau))
+        return each or POSITIVE(tau)
 
     return dict(
         folders=zero_shot or by_label(info.get('folders'), FOLDER),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import sys
 import time
 from functools import partial
@@ -120,10 +121,12 @@ def lr_at(step, max_steps, lr, warmup, schedule):
 
 
 def seed_step(seed, step):
-    """Make dropout a pure function of seed, step and rank, so that a resumed run continues as if it
-    had never stopped."""
+    """Make random numbers a pure function of seed, step and rank, so that a resumed run continues
+    as if it had never stopped."""
     digest = hashlib.sha256(f'{seed} {step} {ranks.rank()}'.encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:7], 'little'))
+    np.random.seed(int.from_bytes(digest[:4], 'little'))  # which an edit may use, or Python's
+    random.seed(digest)
 
 
 def make_optimizer(model, lr, weight_decay):

@@ -372,6 +372,24 @@ def test_lora_of_several_ranks_is_read_back():
         assert len(ranks) == 2 and abs(nll - want) < 1e-5, (ranks, nll, want)
 
 
+def test_blocks_that_share_one_projection_of_lora():
+    """A of the first block is that of all: written for each, as PEFT reads it."""
+    adapt, _ = lora.adapt, place()
+
+    def shared(model, *a, **k):
+        wrapped = adapt(model, *a, **k)
+        for name in wrapped:
+            first = model.get_submodule('h.0.' + name.split('.', 2)[2])
+            model.get_submodule(name).A = first.A
+        return wrapped
+
+    with patched(lora, 'adapt', shared):
+        run = open_run(train(*argv('--lora'))[0], 'cpu', 'fp32')
+    val, want = own_data(run.info).val, run.info['results']['val_loss']
+    nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+    assert abs(nll - want) < 1e-5, (nll, want)
+
+
 def stop_after(last):
     def evaluates(self, step):
         if step > last:

@@ -15,10 +15,11 @@ import lib.metrics
 import lib.scoring
 import lib.training
 import lora
+import predict
 import train_gen
 from lib import tokens, windows
 from lib.explain import explain
-from lib.files import UserError, read_json
+from lib.files import UserError, read_json, write_json
 from lib.runs import GenRun, open_run
 from lib.tensors import load_safetensors
 from model import GPT, Head
@@ -103,15 +104,25 @@ def test_a_run_without_calibration():
 
 
 def test_another_calibration_decides_everywhere():
-    """In the final test as in the run that is opened."""
-    bias = dict(animals=3.0, numbers=-3.0)
-    own = dict(rule='calibrated', calibration=dict(tau=25.0, bias=bias))
-    with patched(train_gen, 'calibrate', lambda run, *a: own):
-        out, _ = generate(*over_base('--lora', *SHORT))
-    tested = read_json(os.path.join(out, 'eval_results.json'))
-    script(evaluation.main, [out, '--dtype', 'fp32'])
-    again = read_json(os.path.join(out, 'eval_results.json'))
-    assert abs(tested['nll'] - again['nll']) < 1e-6, (tested['nll'], again['nll'])
+    """In the final test as in the run that is opened; tau may be one per class."""
+    bias, found = dict(animals=3.0, numbers=-3.0), []
+    for tau in (25.0, np.array([25.0, 25.0]), [25.0, 20.0]):
+        own = dict(rule='calibrated', calibration=dict(tau=tau, bias=bias))
+        with patched(train_gen, 'calibrate', lambda run, *a, own=own: own):
+            out, _ = generate(*over_base('--lora', *SHORT))
+        tested = read_json(os.path.join(out, 'eval_results.json'))
+        script(evaluation.main, [out, '--dtype', 'fp32'])
+        again = read_json(os.path.join(out, 'eval_results.json'))
+        assert abs(tested['nll'] - again['nll']) < 1e-6, (tested['nll'], again['nll'])
+        found.append(tested['nll'])
+    assert abs(found[0] - found[1]) < 1e-6 < abs(found[0] - found[2]), found
+    code, text, _ = script(predict.main, ['--explain', out, 'one red cat'])
+    assert not code and text, text
+    info = read_json(os.path.join(out, 'run.json'))
+    for tau in ([25.0], [25.0, -1.0], [25.0, None], 'two', {}):
+        info['calibration']['tau'] = tau
+        write_json(os.path.join(out, 'run.json'), info)
+        raises(UserError, open_run, out, match='calibration')
 
 
 def test_a_loop_that_is_left_early_saves_its_weights():

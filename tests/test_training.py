@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import random
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from lib.resume import load_resume
 from lib.runs import open_run
 from lib.scoring import class_logits, in_batches
 from lib.tokens import Tokens, tokenize, tokenizer
-from lib.training import Plan, clip_grad_norm_, lr_at, make_optimizer
+from lib.training import Plan, clip_grad_norm_, lr_at, make_optimizer, seed_step
 from model import GPT
 from tests.helpers import (
     ALL,
@@ -147,6 +148,16 @@ def test_lr_schedule():
     assert [lr_at(s, 4, 2.0, 0.0, 'constant') for s in range(4)] == [2.0] * 4
     at = [lr_at(s, 4, 1.0, 0.0, 'cosine') for s in range(4)]
     assert np.allclose(at, [1, 0.853553, 0.5, 0.146447])
+
+
+def test_random_numbers_of_a_step_are_its_own():
+    """Those of torch, and of numpy and Python, which an edit may draw: of seed and step alone."""
+    found = {}
+    for key in ((0, 3), (0, 4), (1, 3), (0, 3)):
+        seed_step(*key)
+        drawn = torch.rand(()).item(), np.random.rand(), random.random()
+        assert found.setdefault(key, drawn) == drawn
+    assert all(len({*column}) == 3 for column in zip(*found.values())), found
 
 
 def test_evaluation_has_no_dropout():
