@@ -20,6 +20,7 @@ import train_cls
 import train_gen
 from docs.experiments import finished, linear, write_texts
 from lib import cli, files
+from lib.files import UserError
 from lib.intervals import wilson
 from lib.measure import machine
 
@@ -87,6 +88,8 @@ def learn(name, method, base):
     if method == TFIDF:
         ds = data.load(name)
         accuracy, n = linear(ds.train, ds.test), len(ds.test.y)
+        if accuracy is None:
+            raise UserError(f'{TFIDF} needs scikit-learn: install it, or leave it out (--methods)')
         return 'docs/base.py', accuracy, wilson(round(accuracy * n), n)
     script = train_gen if 'generative' in method else train_cls
     model = SHAPE.split() if 'random' in method else ['--model', base]

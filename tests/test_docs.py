@@ -12,7 +12,7 @@ import data
 import train_cls
 import train_gen
 from docs import base, experiments, features, figures, tables
-from lib.files import read_bytes, read_json
+from lib.files import UserError, read_bytes, read_json
 from lib.tokens import tokenizer
 from tests.helpers import SCRATCH, TINY, environment, gen_run, patched, raises, script, tmp
 
@@ -168,6 +168,9 @@ def test_own_base_model_and_what_it_is_worth():
         assert not script(base.main, argv)[0]
         found = read_json(argv[3])
         assert not script(base.main, argv)[1]
+        stack.enter_context(patched(base, 'linear', lambda train, test: None))
+        again = [*argv[:2], '--json', os.path.join(out, 'again.json'), '--data', 'sst2']
+        raises(UserError, base.main, [*again, '--methods', base.TFIDF], match='scikit-learn')
     assert [step for step, _ in found['base']['loss']] == [1, 2] and found['base']['val_loss']
     assert [row['method'] for row in found['rows']] == list(base.METHODS)
     for row in found['rows']:
