@@ -108,11 +108,12 @@ def main(argv=None):
     found = {}
     for data, method, command, _ in [row for row in ROWS if row[0] in args.data]:
         script, *flags = command.split()
-        fixed = args.trial or '--zero_shot' in flags  # where the seed decides nothing
-        for seed in args.seeds[:1] if fixed else args.seeds:
+        trains = '--zero_shot' not in flags  # else the seed decides nothing
+        for seed in args.seeds if trains and not args.trial else args.seeds[:1]:
             name = '-'.join([data, *method.replace(',', '').split(), str(seed)])
             run = os.path.join(os.path.abspath(args.out), name)
-            own = ['--data', data, '--model', args.model, '--seed', str(seed)]
+            own = ['--data', data, '--model', args.model]
+            own += ['--seed', str(seed)] if trains else []
             own += small(flags) if args.trial else flags
             found.setdefault((data, method), []).append(accuracy(script, own, run))
         rows = [dict(data=d, method=m, accuracies=values) for (d, m), values in found.items()]

@@ -26,6 +26,7 @@ def needs(args):
     of_training = """max_steps epochs batch_size batch_tokens grad_accum lr weight_decay warmup
     schedule clip trunk_dropout patience eval_every log_every compile cuda_graphs
     gradient_checkpointing""".split()
+    found['seed'] = ('training or --scratch', trains or args.scratch)
     text = 'training, and --zero_shot has none'
     found.update(dict.fromkeys(of_training, (text, trains)))
     return found

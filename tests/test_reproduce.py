@@ -32,6 +32,8 @@ def test_reproduce_keeps_what_is_there():
         code, text, err = script(reproduce.main, ['--data', 'sms', '--out', out])
         assert not code and len(runs.commands) == 5 * 3 + 1, (err, len(runs.commands))
         again = script(reproduce.main, ['--data', 'sms', '--out', out])
+    for path, *argv in runs.commands:
+        (train_gen if path.endswith('gen.py') else train_cls).parse(argv)
     assert len(runs.commands) == 16 and again[1].endswith('| - |\n') and again[1] in text
     assert '| sms | last block | `train_cls --balance --last 1' in text
     assert '| 90.20 +- 0.25 (90.10, 90.20, 90.30) | 98.33 rasbt |' in text, text

@@ -207,6 +207,7 @@ def test_gen_bad_input():
         ([*some, '--zero_shot', '--lr', '1'], '--lr does nothing'),
         ([*some, '--zero_shot', '--epochs', '1'], '--epochs does nothing'),
         ([*some, '--zero_shot', '--log_every', '5'], '--log_every does nothing'),
+        ([*some, '--zero_shot', '--seed', '5'], '--seed does nothing'),
         ([*some, '--n_layer', '2'], '--n_layer'),
         ([*some, '--lora', '--full'], 'not allowed with'),
         ([*some, '--posterior_steps', '3', '--class_id', '0'], 'give one'),
