@@ -154,7 +154,8 @@ class FastLoRA:
         below W are all classes' B^T, and a row has zeros for those of the others."""
         (A, B), conv = self.weights, self.lora.base
         k, r, n_in = len(A) if A.dim() == 3 else 0, *A.shape[-2:]
-        now = [*stamp(conv.weight, conv.bias, A, B), float(self.lora.scale * (A.sum() + B.sum()))]
+        sums = A.sum().item(), B.sum().item()  # an average written past autograd leaves no stamp
+        now = [*stamp(conv.weight, conv.bias, A, B), self.lora.scale, *sums]
         if self.of != now:
             W, down, mask = conv.weight.detach(), None, None
             if k:
