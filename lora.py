@@ -144,8 +144,8 @@ def adapt(model, method, last=0, bottleneck=64, prompt=0, classes=0, **options):
         raise UserError(f'{method!r} is none of {", ".join(dict.fromkeys(ALL_METHODS))}')
     wrapped = []
     everything = method in ('full', 'pretrain', 'prefix')
-    for name, p in model.named_parameters():  # what an edit adds to GPT-2 always trains
-        p.requires_grad_(everything or not NAMES.fullmatch(name))
+    for name, p in model.named_parameters():  # what an edit adds trains, unless it says otherwise
+        p.requires_grad_(p.requires_grad and (everything or not NAMES.fullmatch(name)))
     if method == 'lora':
         wrapped = add_lora(model, classes=classes, **options)
     elif method == 'adapter':
@@ -203,6 +203,15 @@ def plain_names(model):
             inside = f'{name}.base.' if isinstance(m, LoRA) else f'{name}.sub.'
             names = {n: plain.replace(inside, f'{name}.') for n, plain in names.items()}
     return names
+
+
+def learned(model, buffers=True):
+    """{name: tensor} of what trains, of parameters that an edit added and keeps frozen, and of
+    buffers that are saved, such as what a BatchNorm has seen."""
+    plain, params = plain_names(model), dict(model.named_parameters())
+    names = {n for n, p in params.items() if p.requires_grad or not NAMES.fullmatch(plain[n])}
+    names |= {n for n, _ in model.named_buffers() if buffers}
+    return {n: t for n, t in model.state_dict().items() if n in names}
 
 
 def trained_state(model):

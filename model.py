@@ -285,7 +285,8 @@ class GPT(nn.Module):
         if added or checkpoints.has_plain_tensors(model):
             model = cls(cfg, num_labels).init_weights(only=added)
             tensors.update({n: t for n, t in model.state_dict().items() if n in added})
-        once = {n: nn.Parameter(tensors[n]) for n in first.values() if n not in buffers}
+        flags = {n: named[n].requires_grad for n in first.values() if n not in buffers}
+        once = {n: nn.Parameter(tensors[n], requires_grad=flag) for n, flag in flags.items()}
         tensors.update({n: once[f] for n, f in same.items() if f in once})
         model.load_state_dict(tensors, strict=True, assign=True)
         return model

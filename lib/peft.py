@@ -13,7 +13,7 @@ import lora
 from lib import files
 from lib.checkpoints import NAMES
 from lib.files import UserError
-from lib.tensors import check_tensors, learned, load_bin, load_safetensors, save_safetensors
+from lib.tensors import check_tensors, load_bin, load_safetensors, save_safetensors
 from lora import LoRA
 from model import GPT
 
@@ -89,7 +89,7 @@ def extras(model):
     """{name: tensor} of what training changes and has no place in a PEFT folder: what an edit of
     model.py or lora.py added, or does not freeze; of a classifier also buffers."""
     places = set(peft_names(model).values())
-    found = learned(model) if model.num_labels else lora.trainables(model)
+    found = lora.learned(model, buffers=model.num_labels > 0)
     return {n: t.detach() for n, t in found.items() if n not in places}
 
 
@@ -160,7 +160,7 @@ def add_filled(model, add, fill_all):
     file cannot make us allocate."""
     with torch.device('meta'):
         outline = GPT(model.cfg, model.num_labels)
-        add(outline.requires_grad_(False))
+        add(outline)
     fill_all(outline)
     add(model)
     fill_all(model)

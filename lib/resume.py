@@ -9,7 +9,8 @@ import torch
 
 from lib import files
 from lib.files import UserError
-from lib.tensors import learned, load_pickle
+from lib.tensors import load_pickle
+from lora import learned
 
 
 def save_resume(out, args, step, best, model, opt, scaler, *more, due=False):

@@ -16,7 +16,7 @@ from lib.files import UserError
 from lib.flags import METHODS, POOLS
 from lib.foreign import elsewhere, no_run
 from lib.peft import add_filled, extras, fill, load_peft, peft_names, save_peft
-from lib.tensors import learned, load_safetensors, save_safetensors
+from lib.tensors import load_safetensors, save_safetensors
 from lib.textfiles import is_encoding, is_separator
 from lib.versions import edited, versions
 from model import GPT
@@ -63,7 +63,7 @@ def save(folder, model, info, original, results):
     if info['method'] in ('lora', 'prompt'):
         save_peft(folder, model, base.peft_base(folder, info))
     elif info['method'] == 'adapter':
-        save_safetensors(os.path.join(folder, 'adapter.safetensors'), learned(model))
+        save_safetensors(os.path.join(folder, 'adapter.safetensors'), lora.learned(model))
     else:
         state = {**original, **lora.trained_state(model)}
         assert lora.trainables(model).keys() <= state.keys(), 'all of it is saved'
@@ -123,7 +123,8 @@ def load_adapters(path, model, bottleneck):
 
     def fill_all(model):
         known = model.state_dict().keys() & tensors.keys()
-        fill(model, tensors, {n: n for n in known | lora.trainables(model).keys()}, path)
+        needed = lora.learned(model, buffers=False).keys()
+        fill(model, tensors, {n: n for n in known | needed}, path)
 
     add_filled(model, lambda m: lora.adapt(m, 'adapter', bottleneck=bottleneck), fill_all)
 

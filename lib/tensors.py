@@ -134,14 +134,6 @@ def give_back(t):
 # --- tensors of a module ---
 
 
-def learned(module):
-    """{name: tensor} of what trains in a module, and of its buffers that are saved, such as what a
-    BatchNorm has seen."""
-    names = {n for n, p in module.named_parameters() if p.requires_grad}
-    names |= {n for n, _ in module.named_buffers()}
-    return {n: t for n, t in module.state_dict().items() if n in names}
-
-
 @contextlib.contextmanager
 def unchanged(tensors):
     """Inside, these may change; afterwards they are as before."""

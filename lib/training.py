@@ -185,6 +185,7 @@ class Log:
         # without the line of --patience: out_of_patience() writes it again
         kept = [row for row in rows if row['step'] <= done and 'stopped' not in row]
         files.write_atomic(self.path, ''.join(json.dumps(row) + '\n' for row in kept))
+        self.validated = [row['step'] for row in kept if 'val_loss' in row]
         self.restart()
 
     def restart(self):
@@ -221,8 +222,8 @@ class Log:
     def out_of_patience(self, done, best):
         """--patience: did the last N evaluations bring no better score? best: its last number is
         minus the step of the best one."""
-        n, every = self.plan.args.patience, self.plan.eval_every
-        if not n or not best or done // every - -best[-1] // every < n:
+        n = self.plan.args.patience
+        if not n or not best or sum(step > -best[-1] for step in self.validated) < n:
             return False
         self.write(step=done, stopped=f'no better score in {n} validations (--patience {n})')
         return True
@@ -247,6 +248,7 @@ class Log:
     def write(self, seconds_per_step=0.0, **record):
         """Write and show one line."""
         record = json.loads(files.as_json(record))
+        self.validated += [record['step']] * ('val_loss' in record)
         try:
             with open(self.path if files.WRITES else os.devnull, 'a', encoding='utf-8') as f:
                 f.write(json.dumps({**record, **self.extra}) + '\n')

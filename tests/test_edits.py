@@ -276,6 +276,30 @@ def test_what_a_batch_norm_has_seen_is_kept():
             assert float(new.model.score.seen) == float(run.model.score.seen) + 1 > 1, method
 
 
+def test_what_an_edit_keeps_frozen():
+    """A parameter that requires no gradient stays as it was drawn, and is saved all the same."""
+    place()
+    for owner, methods in ((LoRA, ['lora']), (lora.Adapter, ['adapter']), (GPT, [*METHODS])):
+        trained, init, name = {}, owner.__init__, 'forward' if owner is not GPT else 'pool'
+        plain = getattr(owner, name)
+
+        def start(self, *a, init=init, **k):
+            init(self, *a, **k)
+            self.gain = nn.Parameter(torch.rand(()), requires_grad=False)
+
+        def forward(self, *a, plain=plain):
+            return plain(self, *a) * self.gain
+
+        with patched(owner, '__init__', start), patched(owner, name, forward):
+            for method in methods:
+                with watched(lib.runfolder, trained):
+                    run = open_run(train(*argv(*FLAGS[method]))[0], 'cpu', 'fp32')
+                val, want = own_data(run.info).val, run.info['results']['val_loss']
+                nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+                assert abs(nll - want) < 1e-5, (owner, method, nll, want)
+        assert trained and not any(n.endswith('gain') for _, n in trained), trained.keys()
+
+
 def test_a_layer_may_be_called_base():
     """As the one that LoRA wraps; with it, and with a method that wraps nothing."""
     init, forward, _ = MLP.__init__, MLP.forward, place()

@@ -79,6 +79,10 @@ def test_patience():
     with scored(**SCORES):  # an evaluation at the end that is no multiple of --eval_every
         out, text = train(*FLAGS, '--eval_every', '5', '--patience', '1')
     assert [r['step'] for r in records(out) if 'val_loss' in r] == [5, 10, 12]
+    evaluates = patched(train_cls.training.Plan, 'evaluates', lambda plan, step: step != 3)
+    with scored(**SCORES), evaluates:  # by an edit of the loop, after other steps
+        out, text = train(*FLAGS, '--patience', '2')
+    assert records(out)[-1]['step'] == 5 and '(step 2, ended by --patience' in text, text
 
 
 def test_patience_and_resume():
