@@ -21,7 +21,7 @@ from lib import cli, demo, flags, oddities, published, tables
 from lib.files import UserError
 from lib.report import counted
 from lib.tables import GUESSED, Format
-from lib.tokens import even_pieces, tokenize, tokenizer
+from lib.tokens import even_pieces, listed, tokenize, tokenizer
 
 WINDOW = 100  # batches sorted by length together: 2.4 % padding on SST-2 at 16 (50: 4.4, 25: 8.1)
 
@@ -67,7 +67,9 @@ def read(name, data_dir, val, test, form, notes):
         if given and not (val or test):
             raise UserError(f'--{given[0]} is for your own files; leave it out with {name}')
         rows, labels = READERS[name](data_dir)
-        rows = {split: [(str(t), str(label)) for t, label in part] for split, part in rows.items()}
+        for part in rows.values():
+            listed(text for text, _ in part)  # raises TypeError for what is no string
+        rows = {split: [(t, str(label)) for t, label in part] for split, part in rows.items()}
         labels = labels and [str(label) for label in labels]
         if name == 'demo':
             notes.append('demo is synthetic text that this program makes')
@@ -92,6 +94,9 @@ def label_order(name, rows, labels, fewest):
     if len(labels) > tables.MAX_CLASSES:
         why = f'there are {len(labels):,} different labels, {tables.MAX_CLASSES:,} is the most'
         raise UserError(f'{name}: {why}; name the column of the labels with --label_col')
+    if unknown := train.difference(labels):  # of a reader
+        why = f'a training row has the label {min(unknown)!r}, which its list of labels lacks'
+        raise UserError(f'{name}: {why}')
     if len(train) < max(fewest, len(labels)):
         needed = 'at least two classes' if len(labels) < fewest else ', '.join(labels)
         why = f'the training rows have no label but {", ".join(sorted(train))}'

@@ -29,8 +29,8 @@ def unlike_saved(run, texts):
     if apart < (0.005 if str(run.dtype) == 'torch.float32' else 0.1):
         return []
     text = f'opened, {run.path} gives validation texts other probabilities than in training'
-    why = 'edit model.py or lora.py, not the model in the script'
-    return [f'note: {text} (by {apart:.2f}): {why}, unless logits depend on the batch']
+    why = 'edit model.py or lora.py, not the model in the script, and draw random numbers into a'
+    return [f'note: {text} (by {apart:.2f}): {why} parameter, unless logits depend on the batch']
 
 
 def read_items(path):

@@ -174,7 +174,7 @@ def test_an_untied_head():
 
 
 def test_a_reader_of_other_types():
-    """Rows as lists, labels as numbers."""
+    """Rows as lists, labels as numbers; what is no text, or has no place in the labels, is named."""
 
     def reader(data_dir):
         rows = [[f'text {i} of {"ab"[i % 2]}', i % 2] for i in range(60)]
@@ -191,6 +191,11 @@ def test_a_reader_of_other_types():
             train(*run)
         finally:
             os.chdir(start)
+        for text in (('a', 'b'), None, 3):
+            data.READERS['mine'] = lambda d, t=text: (dict(train=[('a', 0), (t, 1)] * 30), None)
+            raises(TypeError, data.load, 'mine', match='is no string')
+        data.READERS['mine'] = lambda d: (dict(train=[('a', 0), ('b', 1), ('c', 2)] * 30), [0, 1])
+        raises(UserError, data.load, 'mine', match="the label '2', which")
     finally:
         del data.READERS['mine']
 
