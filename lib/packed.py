@@ -185,19 +185,19 @@ class FastLoRA:
             positions = dropout.dropped(x.numel(), p, tape.rng)
             kept = rows if own else rows.clone(memory_format=torch.contiguous_format)
             kept.view(-1).index_fill_(0, positions, 0)
-        A = (self.lora.A * (self.lora.scale / (1 - p))).to(x.dtype)
+        factor = torch.as_tensor(self.lora.scale / (1 - p), dtype=torch.float64)
+        A = (self.lora.A * factor).to(x.dtype)
         B = self.lora.B.to(x.dtype)
         a = narrow(kept, A)
-        tape += kept, a, A, B, positions
+        tape += kept, a, A, B, positions, factor
         y = y.addmm_(a, B.t()) if y.dim() == 2 else y.baddbmm_(a, B.mT)
         return y.view(*x.shape[:-1], -1)
 
     def vjp(self, g, tape, need):
-        kept, a, A, B, positions = tape.take(5)
+        kept, a, A, B, positions, factor = tape.take(6)
         rows = g.reshape(*self.lora.A.shape[:-2], -1, g.shape[-1])
-        da, dx, scale = narrow(rows, B.mT.contiguous()), None, self.lora.scale
-        scale = scale if positions is None else scale / (1 - self.lora.p)
-        dA = (da.mT @ kept).to(wide(g.dtype)).mul_(scale)
+        da, dx = narrow(rows, B.mT.contiguous()), None
+        dA = (da.mT @ kept).to(wide(g.dtype)).mul_(factor)
         # contiguous: else it is copied twice
         dB = (a.mT @ rows).mT.to(wide(g.dtype), memory_format=torch.contiguous_format)
         if need:

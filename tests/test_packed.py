@@ -134,6 +134,23 @@ def test_lora_layers_are_their_formula():
                 assert torch.equal(b.detach(), x.to(b.dtype)), 'the input was overwritten'
 
 
+def test_a_scale_that_is_another_in_the_next_pass():
+    """Backward uses that of its forward pass, as autograd does (a loss of two passes)."""
+    torch.manual_seed(0)
+    layer, grads = lora.LoRA(conv(32, 48), 4, 0.5, 0.0), []
+    layer.B.data.normal_()
+    x = torch.randn(7, 32, dtype=torch.float64)
+    layer.double()
+    for net in (layer, FastLoRA(layer, Unpacked)):
+        layer.zero_grad()
+        layer.scale = 0.5
+        first = net(x)
+        layer.scale = 2.0
+        (first.sin() + net(x).cos()).sum().backward()
+        grads.append(torch.cat([layer.A.grad.flatten(), layer.B.grad.flatten()]))
+    assert far(*grads) < 1e-12
+
+
 def test_gradients_of_gradients_are_refused():
     """The hand-written backward passes give none: an error, where a number would be wrong."""
     layer = lora.LoRA(conv(32, 48), 4, 0.5, 0.0)
