@@ -350,8 +350,7 @@ def main(argv=None):
         best = run.best[0] if len(run.ds.val.y) else None
         print(f'\n{summary.pretrained(args, best)}')
         return dict(out=args.out)
-    missing = ranks.from_rank_zero(lambda: genrun.missing(run))
-    if missing:
+    if missing := ranks.from_rank_zero(lambda: genrun.missing(run)):
         how = 'train each with --class_id, or all with --resume'
         print(f'\nsaved in {args.out}; it lacks the classes {", ".join(missing)}: {how}')
         return dict(out=args.out)

@@ -109,8 +109,7 @@ def base_of(path, info, data_dir=None, moved=None):
     if not os.path.isdir(where):
         advice = f'name its new place with --base (predict.py, eval.py), or copy it to {stored}'
         raise UserError(f'{path}: its base model {name} is no longer there; {advice}')
-    current = checkpoints.base_sha256(where)
-    if current != sha256:
+    if (current := checkpoints.base_sha256(where)) != sha256:
         problem = f'was trained on another base model than the one in {where}'
         sums = f'its weights should have the sha256 {sha256[:12]}..., not {current[:12]}...'
         raise UserError(f'{path} {problem}: {sums}; put that model back')

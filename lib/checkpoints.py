@@ -118,8 +118,7 @@ def read_config(folder, tensors, where, shapes):
             raise UserError(f'{path}: {key} is {c[key]!r}, {wanted}')
     names = ('n_layer', 'n_head', 'n_embd', 'n_positions', 'vocab_size')
     c.setdefault('n_positions', c.get('n_ctx'))
-    missing = [name for name in names if name not in c]
-    if missing:
+    if missing := [name for name in names if name not in c]:
         raise UserError(f'{path} lacks {missing[0]!r}')
     sizes = [c[name] for name in names]
     valid = all(type(s) is int and 0 < s < 10**7 for s in sizes)

@@ -57,13 +57,12 @@ def speed_up(model, device, dtype, matrix=None):
 def install(module, make, matrix, plain):
     """Put make(module, matrix) into the place of module.forward if it stands for the code as it is.
     -> is it in place?"""
-    names = shipped.edited(module)
-    if names:
+    if names := shipped.edited(module):
         plain[type(module).__name__] = as_written(names)
-    fast = None if names else make(module, matrix)
-    if fast:
+    elif fast := make(module, matrix):
         module.forward = fast
-    return bool(fast)
+        return True
+    return False
 
 
 def as_written(names):

@@ -254,8 +254,7 @@ def check_saved(args, saved, path, advice):
 def resumed(args, given, saved):
     """-> the flags `saved` of an interrupted run, its folder named as now. Refuses a flag that was
     typed and differs."""
-    missing = [name for name in vars(args) if name not in saved]
-    if missing:
+    if missing := [name for name in vars(args) if name not in saved]:
         text = f'was not started by this script and version (its flags lack --{missing[0]})'
         raise UserError(f'{args.out} {text}; resume with the one that did')
     check_saved(args, saved, args.out, 'start the run again')

@@ -54,8 +54,7 @@ def begin(run, resumed):
         return runfolder.read_run(args.out) if found else dict(labels=[], folders={})
 
     old = run.old = ranks.from_rank_zero(old_run)
-    lost = [label for label in old['labels'] if label not in labels]
-    if lost:
+    if lost := [label for label in old['labels'] if label not in labels]:
         problem = f'{args.data} has no rows of the class {lost[0]!r}, but {args.out} has it'
         raise UserError(f'{problem}; --data must hold all classes of the run')
     run.folders = classes.folder_names(labels, old['folders'])

@@ -135,8 +135,7 @@ def apart(folders):
     """Why no model can hold the adapters of these folders together, in words; None if one can."""
     first = peft_config(folders[0])
     for one, config in zip(folders, map(peft_config, folders)):
-        differ = [key for key in config if key != 'dropout' and config[key] != first.get(key)]
-        if differ:
+        if differ := [k for k in config if k != 'dropout' and config[k] != first.get(k)]:
             values = f'{config[differ[0]]}, but {first.get(differ[0])} in {folders[0]}'
             return f'{one}: {differ[0]} is {values}; the adapters of one classifier must agree'
         if os.path.isfile(os.path.join(one, EXTRA)):

@@ -124,8 +124,7 @@ def record(path, ds, saved=None, earlier=()):
 def check(path, split, ds, hint):
     """Raise UserError if a split of the run in `path` is not what `split` says (None: unknown).
     hint: the way out."""
-    changed = [name for name, value in hashes(ds).items() if split and split[name] != value]
-    if changed:
+    if changed := [name for name, value in hashes(ds).items() if split and split[name] != value]:
         rows = f'its {" and ".join(changed)} rows are not those that {path} was trained with'
         raise UserError(f'{ds.name}, or data.py, has changed: {rows}; restore it, or {hint}')
 
@@ -152,8 +151,7 @@ def overlap(path, info, args, ds):
         return ['trained on an unknown number of these texts']
     if compared and args.split != 'train' and not args.allow_seen:
         own = set(ds.train.texts) if args.data or not args.test else ()
-        unfair = sum(hit and text not in own for hit, text in zip(were, texts))
-        if unfair:
+        if unfair := sum(hit and text not in own for hit, text in zip(were, texts)):
             what = f'{path} was trained on {unfair:,} of these {len(texts):,} texts of {ds.name}'
             advice = 'score texts that are new to all (--test FILE), or add --allow_seen'
             raise UserError(f'{what}: train the runs with the same --split_seed, {advice}')
@@ -179,8 +177,7 @@ def match_labels(paths, infos, ds, y, out):
         if sorted(info['labels']) != sorted(labels):
             other = f'{path} has the labels {listing(info["labels"])}, {paths[0]} has'
             raise UserError(f'{other} {listing(labels)}: compare runs with the same labels')
-    unknown = sorted({ds.labels[i] for i in np.unique(y)} - set(labels))
-    if unknown:
+    if unknown := sorted({ds.labels[i] for i in np.unique(y)} - set(labels)):
         what = f'{ds.name} has labels that {paths[0]} does not know ({listing(unknown)}; it knows'
         raise UserError(f'{what} {listing(labels)}): rename them in the data, or train a run on it')
     return np.array([labels.index(name) if name in labels else -1 for name in ds.labels])[y]

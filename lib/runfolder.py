@@ -161,8 +161,7 @@ def read_run(path):
     known = isinstance(info, dict) and all(name in info for name in names)
     if not known or info['method'] not in METHODS.get(str(info['kind']), ()):
         raise UserError(f'{record} is not one that train_cls.py or train_gen.py wrote')
-    wrong = malformed(info)
-    if wrong:
+    if wrong := malformed(info):
         problem = f'{wrong} is missing or malformed'
         raise UserError(f'{record} is damaged: {problem}; restore the file, or train the run again')
     return info

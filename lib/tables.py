@@ -85,8 +85,7 @@ def separator(f, kind, form):
     Excel's `sep=;`. Leaves f behind that line."""
     head = f.read(1 << 16)
     f.seek(0)
-    excel = re.match(r'"?sep=([^"\r\n])"?(\r\n|\r|\n|$)', head, re.IGNORECASE)
-    if excel:
+    if excel := re.match(r'"?sep=([^"\r\n])"?(\r\n|\r|\n|$)', head, re.IGNORECASE):
         f.readline()
         return form.sep or excel[1], 1
     if form.sep:

@@ -30,8 +30,7 @@ def kind_of(path):
 
 def refuse_other(path):
     """Raise UserError for a kind of file that is not read, with the way out."""
-    kind = kind_of(path)
-    if kind in ADVICE:
+    if (kind := kind_of(path)) in ADVICE:
         raise UserError(f'{path}: {kind} files are not read; {ADVICE[kind]}')
 
 
