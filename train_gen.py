@@ -338,8 +338,7 @@ def main(argv=None):
     dev, dtype, reason = device.pick_device(args.device, args.dtype)  # or the demo's
     run.given, run.dev, run.dtype = given, dev, dtype
     genrun.begin(run, resumed)
-    notes, place = genrun.notes(run), (dev, dtype, reason)
-    print('\n'.join(summary.describe(args, run.ds, run.train, run.cfg, place, notes)))
+    print('\n'.join(summary.describe(args, run.ds, run.train, run.cfg, (dev, dtype, reason))))
     print(f'{args.method}{summary.flags(args, given - {"data", "model", args.method})}', flush=True)
     for number, (kind, label) in enumerate(run.phases, 1):
         state = resumed if genrun.was_interrupted(run, resumed, kind, label) else None

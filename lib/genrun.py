@@ -37,7 +37,7 @@ def base_model(args):
 
 def begin(run, resumed):
     """Make the run folder, or take over one to resume or to add a class to. Sets run.old (its
-    run.json), run.folders, run.phases, run.leaked (notes), run.info (the new run.json)."""
+    run.json), run.folders, run.phases, run.info (the new run.json). Adds notes to ds.notes."""
     args, ds, labels = run.args, run.ds, run.labels
     method = 'pretrain' if args.pretrain else f'gen-{args.method}'
     args.out = args.out or ranks.from_rank_zero(lambda: runfolder.free_folder(args.data, method))
@@ -66,7 +66,10 @@ def begin(run, resumed):
         problem = f'each class trains its own {next(iter(more))}, added by an edit'
         raise UserError(f'{problem}, so --posterior_steps cannot hold all classes in one model')
     files.make_folder(args.out)
-    run.leaked = classes.leaked(old, args, ds)
+    ds.notes += classes.leaked(old, args, ds)
+    if args.class_id is not None and old['labels'] and old['args']['posterior_steps']:
+        text = 'the other classes were trained on to the posterior, this one is not: '
+        ds.notes.append(text + '--resume --posterior_steps N does that for all')
     recorded = rundata.record(args.out, ds, resumed, [args.out])  # with its other classes
 
     def base_info():
@@ -87,15 +90,6 @@ def begin(run, resumed):
     if 'base' not in old and not args.pretrain:  # there save_weights does, so that it has weights
         files.write_json(os.path.join(args.out, 'run.json'), info)
     run.info = info
-
-
-def notes(run):
-    """Notes for a run that gets a class: what its results do not show."""
-    args, old, lines = run.args, run.old, run.leaked
-    if args.class_id is not None and old['labels'] and old['args']['posterior_steps']:
-        text = 'the other classes were trained on to the posterior, this one is not: '
-        lines.append(text + '--resume --posterior_steps N does that for all')
-    return lines
 
 
 def plan_phases(run, resumed):

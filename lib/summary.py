@@ -11,7 +11,7 @@ from lib.textfiles import KINDS, kind_of
 from lib.tokens import cut_note
 
 
-def describe(args, ds, train, cfg, place, notes=()):
+def describe(args, ds, train, cfg, place):
     """Lines about data, model and device: rows per class, notes, how many texts are cut. train:
     Tokens of the training texts; place: what pick_device returned."""
     device, dtype, reason = place
@@ -22,7 +22,7 @@ def describe(args, ds, train, cfg, place, notes=()):
     cut += f'of these the {args.keep} {limit} are read'
     return [
         f'{args.data}: {rows} training rows; {len(ds.val.y)} validation, {len(ds.test.y)} test',
-        *(f'  {note}' for note in (*ds.notes, *notes)),
+        *(f'  {note}' for note in ds.notes),
         *[cut] * bool(longer),
         *(f'  {note}' for note in cut_note(train.lengths, args.max_length)),
         f'{args.model}{" (random weights)" if args.scratch else ""}: {cfg}',
