@@ -201,14 +201,9 @@ def optional(check):
     return lambda x: x is None or check(x)
 
 
-def columns(x):
-    names = isinstance(x, dict) and set(x) == {'text_col', 'label_col'}
-    return names and all(map(optional(TEXT), x.values()))
-
-
-def split(x):
-    names = isinstance(x, dict) and set(x) == set(rundata.SPLITS)
-    return names and all(isinstance(v, str) for v in x.values())
+def mapping(names, check):
+    """-> a check of one value: is it a dict of these names, each with a value that passes check?"""
+    return lambda x: isinstance(x, dict) and set(x) == {*names} and all(map(check, x.values()))
 
 
 def malformed(info):
@@ -223,30 +218,28 @@ def malformed(info):
     for name, check in args_fields(method, info['kind']).items():
         if name not in args or not check(args[name]):
             return name
-    if info['kind'] != 'gen' and args.get('pool') not in POOLS:
-        return 'pool'
     if info['kind'] == 'gen' or method in ('lora', 'adapter', 'prompt'):
         named = isinstance(base, dict) and TEXT(base.get('name')) and 'sha256' in base
         if not named or not optional(TEXT)(base['sha256']):
             return 'base'
-    if not optional(columns)(info.get('columns')):
-        return 'columns'
-    if not optional(split)(info.get('split')):
-        return 'split'
-    checks = gen_fields(info, labels, method) if info['kind'] == 'gen' else {}
+    columns = mapping(('text_col', 'label_col'), optional(TEXT))
+    split = mapping(rundata.SPLITS, value(str))
+    checks = dict(columns=optional(columns)(info.get('columns')))
+    checks['split'] = optional(split)(info.get('split'))
+    checks.update(gen_fields(info, labels, method) if info['kind'] == 'gen' else {})
     return next((name for name, valid in checks.items() if not valid), None)
 
 
 def args_fields(method, kind):
     """{flag: check of its value} of the flags in run.json that are used later."""
-    names = ('data_dir', 'val', 'test', 'text_col', 'label_col')
-    fields = dict.fromkeys(names, optional(TEXT))
+    fields = dict.fromkeys(('data_dir', 'val', 'test', 'text_col', 'label_col'), optional(TEXT))
     fields.update(sep=optional(is_separator), encoding=optional(is_encoding), split_seed=INT)
     fields.update(max_length=COUNT, keep=lambda x: x in ('first', 'last'), data=TEXT, seed=INT)
     fields.update(max_samples=optional(COUNT), eval_samples=optional(COUNT))
     fields.update(balance=BOOL, quick=BOOL, drop_unlabelled=BOOL)
     part = value(int, valid=lambda i: i >= 0)
-    fields.update({} if kind == 'gen' else dict(folds=optional(COUNT), fold=optional(part)))
+    if kind != 'gen':
+        fields.update(folds=optional(COUNT), fold=optional(part), pool=lambda x: x in POOLS)
     fields.update(dict(bottleneck=COUNT) if method == 'adapter' else {})
     fields.update(dict(direct=BOOL) if method == 'zero_shot' else {})
     return fields
