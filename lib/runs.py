@@ -4,6 +4,7 @@ scripts, lib/export.py and lib/repeat.py.
 Shapes in the comments: N texts, K classes, V vocabulary."""
 
 import math
+import sys
 from collections import namedtuple
 
 import numpy as np
@@ -22,7 +23,7 @@ from lib.peft import apart, load_peft
 from lib.report import counted
 from lib.runfolder import info_of, load_cls, precision
 from lib.tokens import cut_note, listed, tokenize, tokenizer, tokenizer_name
-from lib.versions import note_edits
+from lib.versions import edited
 from model import GPT
 
 NEUTRAL = ['N/A', '', '[MASK]']  # content-free texts, as in the paper on contextual calibration
@@ -37,7 +38,9 @@ def open_run(path, device='auto', dtype='auto', data_dir=None, plain=False, base
     base model, if it is no longer where the run found it.  Raises UserError if the
     folder holds neither, or its base model is gone or is another one."""
     info = info_of(path, base)
-    note_edits(path, info)
+    if edited(info):
+        other = 'other code (model.py, lora.py, or what reads texts)'
+        print(f'note: {path} was trained with {other} and now runs with this', file=sys.stderr)
     if base and info['method'] not in STAYS:
         raise UserError(f'{path} holds all of its weights: --base does nothing')
     how = How(*pick_device(device, dtype), data_dir, plain, base)
@@ -250,8 +253,7 @@ class GenRun(Run):
         """text -> its tokens (ids; <|endoftext|> last where that is scored), and log p of each
         under each class (n, K) float32 nats"""
         tokens, length = tokenize(self.enc, [text], cache=False), self.args['max_length']
-        where = length, self.args['keep'], self.model.end, self.device
-        ids, n = data.collate(tokens, [0], *where)
+        ids, n = data.collate(tokens, [0], length, self.args['keep'], self.model.end, self.device)
         ends = scoring.ends_here(self.model.end, tokens, [0], length).to(self.device)
         columns = []
         for model, context in self.passes:

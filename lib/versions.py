@@ -36,13 +36,6 @@ def edited(info):
     return then.get('python') == now['python'] and then.get('code', now['code']) != now['code']
 
 
-def note_edits(path, info):
-    """Say so if it was."""
-    if edited(info):
-        other = 'other code (model.py, lora.py, or what reads texts)'
-        print(f'note: {path} was trained with {other} and now runs with this', file=sys.stderr)
-
-
 def code_of(classes, functions=()):
     """Hash of the code of classes, of functions and constants of their files and of those beside
     them that these import, and of functions. Comments do not count."""
@@ -50,8 +43,7 @@ def code_of(classes, functions=()):
     found = [(c.__qualname__, vars(c)) for c in classes]
     found.append(('', {f.__name__: f for f in functions}))
     for m in files_of(classes):  # without the functions that torch.compile adds to a file
-        own = {k: v for k, v in vars(m).items() if not k.startswith('__')}
-        found.append((m.__name__, own))
+        found.append((m.__name__, {k: v for k, v in vars(m).items() if not k.startswith('__')}))
     h = hashlib.sha256()
     for name, members in sorted(found, key=lambda item: item[0]):
         for key, value in sorted(members.items()):
