@@ -134,8 +134,6 @@ class MKLPacked32(Packed32):
     """The same by MKL, which is faster than oneDNN on Intel's CPUs alone: on AMD's Zen 3 it takes
     1.0 to 1.6 times as long."""
 
-    rows = 512  # of the products for which MKL chooses its blocks; others are right as well
-
     def __init__(self, W, bias=None, backward=True):
         super().__init__(W, bias, backward)
         # the operator asks for W as well, and reads its shape
@@ -147,10 +145,9 @@ class MKLPacked32(Packed32):
         known = all(hasattr(torch.ops.mkl, op) for op in ops)
         return torch.backends.mkl.is_available() and cpu_is_intels() and known and mkl_packs()
 
-    @classmethod
-    def pack(cls, W):  # (out, in) -> opaque
-        W = W.detach().float().contiguous()
-        return torch.ops.mkl._mkl_reorder_linear_weight(W, cls.rows)
+    @staticmethod
+    def pack(W):  # (out, in) -> opaque; blocks for products of 512 rows, right for any
+        return torch.ops.mkl._mkl_reorder_linear_weight(W.detach().float().contiguous(), 512)
 
     def product(self, x, gelu=False):
         y = multiply(x, self.blocks, self.shape, self.bias)

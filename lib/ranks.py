@@ -99,9 +99,7 @@ def barrier():
 
 def any_rank(flag):
     """Is the flag true in any rank? The same answer in all of them."""
-    if world_size() == 1:
-        return bool(flag)
-    return bool(all_reduce(torch.tensor([float(bool(flag))])))
+    return bool(all_reduce(torch.tensor(float(flag))))
 
 
 def from_rank_zero(fn):

@@ -99,8 +99,7 @@ def packed_vocabulary(W, matrix):
     """wte (V, C) -> COLUMNS of W^T each, packed, plus a row of ones, so that the shift is part
     of the product, and rows of zeros."""
     W = torch.cat((W.detach().t(), W.new_ones(1, len(W)), W.new_zeros(SPARE - 1, len(W))))
-    starts = range(0, W.shape[1], COLUMNS)
-    return [matrix(W[:, i : i + COLUMNS], backward=False) for i in starts]
+    return [matrix(piece, backward=False) for piece in W.split(COLUMNS, dim=1)]
 
 
 class FastVocabulary:
