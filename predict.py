@@ -87,8 +87,7 @@ def check(args, given):
         raise UserError(
             f'--out {args.out}: write .csv, .tsv, or with --json .jsonl; no .json or .gz'
         )
-    table = args.out and Table.of(args.out)
-    if table and (args.json or args.explain and not args.html):
+    if args.out and Table.of(args.out) and (args.json or args.explain and not args.html):
         flag = '--json' if args.json else '--explain'
         raise UserError(f'{flag} has no place in a table; give --out {args.out} another ending')
     if args.windows and args.explain:

@@ -28,8 +28,7 @@ def build_model(args, num_labels=0):
         except files.Unavailable as e:
             raise files.Unavailable(f'{e}; --scratch starts from random weights') from None
     if args.model not in SHAPES:
-        names = ', '.join(SHAPES)
-        raise UserError(f'--scratch needs a shape by name ({names}), not {args.model}')
+        raise UserError(f'--scratch needs a shape by name ({", ".join(SHAPES)}), not {args.model}')
     flags = {name: getattr(args, name) for name in ('n_layer', 'n_head', 'n_embd', 'block_size')}
     cfg = replace(SHAPES[args.model], **{name: n for name, n in flags.items() if n})
     if cfg.n_embd % cfg.n_head:

@@ -138,8 +138,7 @@ def fit_calibration(logprobs, log_prior, y, biased=True):
 
     def closure():
         opt.zero_grad()
-        fit = F.cross_entropy(x * a.exp() + prior + b, y)
-        loss = fit + 1e-4 * (a**2 + (b**2).sum())
+        loss = F.cross_entropy(x * a.exp() + prior + b, y) + 1e-4 * (a**2 + (b**2).sum())
         loss.backward()
         return loss
 

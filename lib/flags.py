@@ -126,8 +126,7 @@ def optim_flags(p):
     add('--lr', f'peak learning rate (default: {rates}{LR_NANO["gen"]:g})', above_zero)
     add('--weight_decay', 'AdamW weight decay (matrices only, no embeddings)', not_negative, 0.01)
     add('--warmup', 'fraction of the steps in which the learning rate rises', share, 0.06)
-    schedules = ('linear', 'cosine', 'constant')
-    add('--schedule', 'learning rate after the warmup', schedules, 'linear')
+    add('--schedule', 'learning rate after the warmup', ('linear', 'cosine', 'constant'), 'linear')
     add('--clip', 'max gradient norm (0 = off)', not_negative, 1.0)
     add('--trunk_dropout', "GPT-2's own dropout: embedding, attention, residual", share, 0.0)
     text = 'validation score that chooses the weights to save; ties: the lower nll'

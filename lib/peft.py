@@ -105,7 +105,6 @@ def load_peft(folder, model, classes=0, r=None):
     if why := classes and apart(folders):
         raise UserError(why)
     first = peft_config(folders[0])
-
     known = {n for n, _ in model.named_parameters() if classes or NAMES.fullmatch(n)}
 
     def add(model):
@@ -117,8 +116,7 @@ def load_peft(folder, model, classes=0, r=None):
 
     def fill_all(model):
         for i, one in enumerate(folders):
-            index = i if classes else None
-            fill(model, adapter_tensors(one), peft_names(model), one, index)
+            fill(model, adapter_tensors(one), peft_names(model), one, i if classes else None)
         for name, m in model.named_modules():
             if isinstance(m, LoRA) and not isinstance(m.scale, torch.nn.Parameter):
                 # as saved, whatever add_lora or LoRA make of alpha and r

@@ -118,8 +118,7 @@ def confusion(names, ticks, results):
         cm = np.array(m['confusion'])  # (K, K)
         fraction = divide(cm, cm.sum(1, keepdims=True))
         ax.imshow(fraction, cmap='Blues', vmin=0, vmax=1)
-        title = f'{name}\naccuracy {m["accuracy"]:.4f}'
-        ax.set(xlabel='prediction', ylabel='truth', title=title)
+        ax.set(xlabel='prediction', ylabel='truth', title=f'{name}\naccuracy {m["accuracy"]:.4f}')
         if k <= 40:
             ax.set_xticks(range(k), ticks, rotation=45, ha='right', rotation_mode='anchor')
             ax.set_yticks(range(k), ticks)

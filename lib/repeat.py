@@ -27,8 +27,7 @@ def several_runs(main, args, given, argv):
     -> dict(out, runs: what main returned, mean: {metric: {mean, half}}), or an exit code"""
     argv, out = list(sys.argv[1:] if argv is None else argv), args.out
     if not out:  # the same for the same command, so that it can go on
-        gen = 'gen-' * hasattr(args, 'pretrain')
-        out = runfolder.first_folder(args.data, gen + args.method)
+        out = runfolder.first_folder(args.data, 'gen-' * hasattr(args, 'pretrain') + args.method)
     if getattr(args, 'folds', None):
         name = f'{args.folds} folds'
         plan = {os.path.join(out, f'fold{i + 1}'): f'--fold {i}' for i in range(args.folds)}
