@@ -116,8 +116,7 @@ def claim(folder):
 
 
 def release(folder):
-    descriptor = CLAIMED.pop(os.path.realpath(folder), None)
-    if descriptor is not None:
+    if (descriptor := CLAIMED.pop(os.path.realpath(folder), None)) is not None:
         os.close(descriptor)
 
 

@@ -21,8 +21,8 @@ def no_run(path):
 
 def elsewhere(path, moved):
     """What run.json would say of a folder that transformers or PEFT wrote (moved: the base model of
-    an adapter, if not the one that it names). Raises UserError if it
-    holds no classifier with one class per text."""
+    an adapter, if not the one that it names). Raises UserError if it holds no classifier with one
+    class per text."""
     config = os.path.join(path, 'config.json')
     if os.path.isfile(os.path.join(path, 'adapter_config.json')):
         method, base, head, tensors = read_adapter(path, moved)
@@ -74,8 +74,7 @@ def read_checkpoint(path, config):
     if 'score.weight' not in tensors and not classifier:
         problem = f'{path} is a language model, not a classifier (it has no score.weight)'
         raise UserError(f'{problem}; train one on top of it with --model {shlex.quote(path)}')
-    kind = c.get('problem_type')
-    if kind not in (None, 'single_label_classification'):
+    if (kind := c.get('problem_type')) not in (None, 'single_label_classification'):
         raise UserError(f'{config}: problem_type is {kind!r}; here every text has one class')
     return tensors
 

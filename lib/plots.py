@@ -87,9 +87,8 @@ def curves(names, logs):
                 ax.plot(*log[pale], color=f'C{i}', alpha=0.4, lw=1)
             for key in log.keys() & set(keys):
                 ax.plot(*log[key], color=f'C{i}', marker='o', ms=4)
-    by_class = any('val_auc' in log for log in logs)  # classes of a generative run, in sequence
     unit, score = 'nats per text', 'accuracy'
-    if by_class:
+    if any('val_auc' in log for log in logs):  # classes of a generative run, in sequence
         unit, score = unit + ' (class: per token)', score + ' (class: area under ROC)'
     left.set(xlabel='step', ylabel=unit, title='loss (pale: training, dots: validation)')
     trained = any('train_accuracy' in log for log in logs)

@@ -35,8 +35,8 @@ def open_run(path, device='auto', dtype='auto', data_dir=None, plain=False, base
 
     data_dir: where to look for base model and tokenizer (default: where the run found them,
     $NANOCLS_DATA, the cache, the network).  plain: without lib/fast.py.  base: the folder of the
-    base model, if it is no longer where the run found it.  Raises UserError if the
-    folder holds neither, or its base model is gone or is another one."""
+    base model, if it is no longer where the run found it.  Raises UserError if the folder holds
+    neither, or its base model is gone or is another one."""
     info = info_of(path, base)
     if edited(info):
         other = 'other code (model.py, lora.py, or what reads texts)'
