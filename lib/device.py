@@ -78,9 +78,8 @@ def autocast(device, dtype):
 
 def place(model, device, dtype):
     """Move a model to the device. What trains, LayerNorm and the prompt stay float32. Frozen
-    weights are stored in the compute precision, since autocast would cast them in every step;
-    on a CPU only the embeddings, since matrices stay memory-mapped there (lib/fast.py packs
-    them)."""
+    weights are stored in the compute precision, since autocast would cast them in every step; on a
+    CPU only the embeddings, since matrices stay memory-mapped there (lib/fast.py packs them)."""
     if device.type == 'cuda' and dtype != torch.float32:
         torch.set_float32_matmul_precision('high')  # TF32 for what autocast leaves in float32
     for m in model.modules():

@@ -15,9 +15,8 @@ def generator():
 
 def dropped(n, p, rng=None):
     """Positions of the values that dropout with probability p drops among n, ascending, int64.
-    bernoulli_ draws one number per value on a CPU; the gaps between dropped values are
-    geometric, so one draw per dropped value is enough: floor(log(u) / log(1 - p)), u
-    uniform."""
+    bernoulli_ draws one number per value on a CPU; the gaps between dropped values are geometric,
+    so one draw per dropped value is enough: floor(log(u) / log(1 - p)), u uniform."""
     rng, parts, last = rng or generator(), [], -1
     while last < n:  # nearly always once
         size = int(n * p + 6 * math.sqrt(n * p)) + 16
