@@ -174,7 +174,7 @@ def test_an_untied_head():
 
 
 def test_a_reader_of_other_types():
-    """Rows as lists, labels as numbers; what is no text, or has no place in the labels, is named."""
+    """Rows as lists, labels as numbers; what is no text, or not among the labels, is named."""
 
     def reader(data_dir):
         rows = [[f'text {i} of {"ab"[i % 2]}', i % 2] for i in range(60)]
