@@ -14,6 +14,7 @@ from lib.checkpoints import NAMES
 from lib.files import UserError
 from lib.flags import ALL_METHODS
 from lib.report import counted
+from lib.tensors import learned
 from model import Conv1D
 
 
@@ -205,13 +206,12 @@ def plain_names(model):
     return names
 
 
-def learned(model, buffers=True):
-    """{name: tensor} of what trains, of parameters that an edit added and keeps frozen, and of
-    buffers that are saved, such as what a BatchNorm has seen."""
-    plain, params = plain_names(model), dict(model.named_parameters())
-    names = {n for n, p in params.items() if p.requires_grad or not NAMES.fullmatch(plain[n])}
-    names |= {n for n, _ in model.named_buffers() if buffers}
-    return {n: t for n, t in model.state_dict().items() if n in names}
+def kept(model, buffers=True):
+    """{name: tensor} of what a run has beside GPT-2: what trains, what an edit added and keeps
+    frozen, and buffers, such as what a BatchNorm has seen."""
+    found, plain = learned(model) if buffers else trainables(model), plain_names(model)
+    added = {n: p for n, p in model.named_parameters() if not NAMES.fullmatch(plain[n])}
+    return {n: t.detach() for n, t in {**found, **added}.items()}
 
 
 def trained_state(model):

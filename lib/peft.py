@@ -89,8 +89,8 @@ def extras(model):
     """{name: tensor} of what training changes and has no place in a PEFT folder: what an edit of
     model.py or lora.py added, or does not freeze; of a classifier also buffers."""
     places = set(peft_names(model).values())
-    found = lora.learned(model, buffers=model.num_labels > 0)
-    return {n: t.detach() for n, t in found.items() if n not in places}
+    found = lora.kept(model, buffers=model.num_labels > 0)
+    return {n: t for n, t in found.items() if n not in places}
 
 
 # --- reading ---

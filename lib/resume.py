@@ -9,8 +9,7 @@ import torch
 
 from lib import files
 from lib.files import UserError
-from lib.tensors import load_pickle
-from lora import learned
+from lib.tensors import learned, load_pickle
 
 
 def save_resume(out, args, step, best, model, opt, scaler, *more, due=False):

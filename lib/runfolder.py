@@ -63,7 +63,7 @@ def save(folder, model, info, original, results):
     if info['method'] in ('lora', 'prompt'):
         save_peft(folder, model, base.peft_base(folder, info))
     elif info['method'] == 'adapter':
-        save_safetensors(os.path.join(folder, 'adapter.safetensors'), lora.learned(model))
+        save_safetensors(os.path.join(folder, 'adapter.safetensors'), lora.kept(model))
     else:
         state = {**original, **lora.trained_state(model)}
         assert lora.trainables(model).keys() <= state.keys(), 'all of it is saved'
@@ -123,7 +123,7 @@ def load_adapters(path, model, bottleneck):
 
     def fill_all(model):
         known = model.state_dict().keys() & tensors.keys()
-        needed = lora.learned(model, buffers=False).keys()
+        needed = lora.kept(model, buffers=False).keys()
         fill(model, tensors, {n: n for n in known | needed}, path)
 
     add_filled(model, lambda m: lora.adapt(m, 'adapter', bottleneck=bottleneck), fill_all)

@@ -1,5 +1,5 @@
 """Tensors in files: safetensors, read memory-mapped and written; torch's pickles, read without
-running code. Called by model.py and the rooms that read, write or pack weights."""
+running code. Called by model.py, lora.py and the rooms that read, write or pack weights."""
 
 import contextlib
 import ctypes
@@ -132,6 +132,14 @@ def give_back(t):
 
 
 # --- tensors of a module ---
+
+
+def learned(module):
+    """{name: tensor} of what trains in a module, and of its buffers that are saved, such as what a
+    BatchNorm has seen."""
+    names = {n for n, p in module.named_parameters() if p.requires_grad}
+    names |= {n for n, _ in module.named_buffers()}
+    return {n: t for n, t in module.state_dict().items() if n in names}
 
 
 @contextlib.contextmanager
