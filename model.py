@@ -285,8 +285,7 @@ class GPT(nn.Module):
         if added or checkpoints.has_plain_tensors(model):
             model = cls(cfg, num_labels).init_weights(only=added)
             tensors.update({n: t for n, t in model.state_dict().items() if n in added})
-        flags = {n: named[n].requires_grad for n in first.values() if n not in buffers}
-        once = {n: nn.Parameter(tensors[n], requires_grad=flag) for n, flag in flags.items()}
+        once = {n: nn.Parameter(tensors[n], False) for n in first.values() if n not in buffers}
         tensors.update({n: once[f] for n, f in same.items() if f in once})
-        model.load_state_dict(tensors, strict=True, assign=True)
+        model.load_state_dict(tensors, strict=True, assign=True)  # which keeps the model's flags
         return model

@@ -58,7 +58,8 @@ def sentence(rng, good, new):
         return options[int(rng.random() * len(options))]
 
     def word(kind):
-        w = pick((NEW if rng.random() < new.get(kind, 0) else SEEN)[kind])
+        words = NEW if rng.random() < new.get(kind, 0) else SEEN
+        w = pick(words[kind])
         if w in used:  # the same garden is not both grim and lovely
             return word(kind)
         used.add(w)

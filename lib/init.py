@@ -55,15 +55,16 @@ def start_from(model, args, ds):
     source, old = runfolder.load_cls(path, info, args.data_dir), info['labels']
     theirs = source.state_dict()
     head = {n for n in theirs if n.startswith('score.')}
-    by_label = head <= {'score.weight', 'score.bias'}  # a row each
+    by_label = {'score.weight'} <= head <= {'score.weight', 'score.bias'}  # a row each
     if not by_label and ds.labels != old:
         why = 'its head, edited, has no row per label; the data must have the labels of that run'
         raise UserError(f'--init {path}: {why}: {listing(old)}')
+    rows = [(i, old.index(label)) for i, label in enumerate(ds.labels) if label in old]
     with torch.no_grad():
         for name, t in model.state_dict().items():  # also buffers, and what an edit froze
             if by_label and name in head:
-                for i, label in enumerate(ds.labels):
-                    t[i] = theirs[name][old.index(label)] if label in old else t[i]
+                for i, j in rows:
+                    t[i] = theirs[name][j]
             elif not torch.equal(t, theirs[name]):
                 t.copy_(theirs[name])
     new = [label for label in ds.labels if label not in old]

@@ -138,6 +138,13 @@ def check(name, model, found, kind=''):
     assert any((p != p.flatten()[0]).any() for p in map(params.get, own)), 'nothing moved'
 
 
+def same_nll(run, *what):
+    """An opened run gives the validation rows the loss that they had in training."""
+    val, want = own_data(run.info).val, run.info['results']['val_loss']
+    nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
+    assert abs(nll - want) < 1e-5, (*what, nll, want)
+
+
 def one_edit(name, methods):
     for method in methods:
         found = {}
@@ -146,9 +153,7 @@ def one_edit(name, methods):
             run = open_run(out, 'cpu', 'fp32')
             check(name, run.model, found)
             assert ('transformers and PEFT will ignore it' in text) == (method != 'adapter'), text
-            val = own_data(run.info).val  # the logits are those of the best evaluation
-            nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
-            assert abs(nll - run.info['results']['val_loss']) < 1e-5, method
+            same_nll(run, method)  # the weights are those of the best evaluation
             if method in ('lora', 'last', 'full'):
                 raises(UserError, export.export, out, os.path.join(tmp(), 'x'), match='cannot be')
         # the same folder and the code as it was: refused, not half loaded
@@ -261,9 +266,7 @@ def test_what_a_batch_norm_has_seen_is_kept():
         for method in METHODS:
             out, _ = train(*argv(*FLAGS[method]))
             run = open_run(out, 'cpu', 'fp32')
-            val, want = own_data(run.info).val, run.info['results']['val_loss']
-            nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
-            assert abs(nll - want) < 1e-5, (method, nll, want)
+            same_nll(run, method)
             assert int(run.model.steps) == float(run.model.score.seen), method
             again = os.path.join(tmp(), 'run')
             with patched(train_cls.training.Plan, 'evaluates', stop_after(2)):
@@ -297,9 +300,7 @@ def test_what_an_edit_keeps_frozen():
             for method in methods:
                 with watched(lib.runfolder, trained):
                     run = open_run(train(*argv(*FLAGS[method]))[0], 'cpu', 'fp32')
-                val, want = own_data(run.info).val, run.info['results']['val_loss']
-                nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
-                assert abs(nll - want) < 1e-5, (owner, method, nll, want)
+                same_nll(run, owner, method)
         assert trained and not any(n.endswith(('gain', 'wpe.weight')) for _, n in trained)
 
 
@@ -317,9 +318,7 @@ def test_a_layer_may_be_called_base():
     ):
         for method in ('--full', '--head', '--lora', '--adapter'):
             run = open_run(train(*argv(*FLAGS[method[2:]]))[0], 'cpu', 'fp32')
-            val, want = own_data(run.info).val, run.info['results']['val_loss']
-            nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
-            assert abs(nll - want) < 1e-5, (method, nll, want)
+            same_nll(run, method)
 
 
 def test_scores_and_optimizers_of_an_edit_are_resumed():
@@ -375,9 +374,7 @@ def test_a_shared_parameter_stays_shared():
             run = open_run(train(*argv(method))[0], 'cpu', 'fp32', plain=True)
             first, second = (block.mlp.c_fc.weight for block in run.model.h)
             assert (first is second) == (method == '--full')  # LoRA is merged into each
-            val, want = own_data(run.info).val, run.info['results']['val_loss']
-            nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
-            assert abs(nll - want) < 1e-5, (method, nll, want)
+            same_nll(run, method)
 
 
 def test_lora_of_several_ranks_is_read_back():
@@ -394,9 +391,8 @@ def test_lora_of_several_ranks_is_read_back():
             out, _ = train(*argv('--lora', '--max_steps', '20'))
             run = open_run(out, 'cpu', 'fp32')
             ranks = {m.A.shape[0] for m in run.model.modules() if isinstance(m, LoRA)}
-            val, want = own_data(run.info).val, run.info['results']['val_loss']
-        nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
-        assert len(ranks) == 2 and abs(nll - want) < 1e-5, (ranks, nll, want)
+        assert len(ranks) == 2, ranks
+        same_nll(run)
 
 
 def test_blocks_that_share_one_projection_of_lora():
@@ -412,9 +408,7 @@ def test_blocks_that_share_one_projection_of_lora():
 
     with patched(lora, 'adapt', shared):
         run = open_run(train(*argv('--lora'))[0], 'cpu', 'fp32')
-    val, want = own_data(run.info).val, run.info['results']['val_loss']
-    nll = metrics(softmax(run.logits(val.texts)), val.y, run.labels)['nll']
-    assert abs(nll - want) < 1e-5, (nll, want)
+    same_nll(run)
 
 
 def stop_after(last):

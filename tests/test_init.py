@@ -82,6 +82,23 @@ def test_init_takes_a_bias_of_the_head_along():
     assert new[1] == old[1] and abs(new[0]) < 1e-9 < abs(old[1]), (old, new)
 
 
+def test_init_refuses_other_labels_for_a_head_of_another_name():
+    init = GPT.__init__
+
+    def start(self, cfg, num_labels=0):
+        init(self, cfg, num_labels)
+        if num_labels:
+            del self.score
+            self.top = Head(cfg.n_embd, num_labels)
+
+    def classify(self, ids, lengths):
+        return self.top(self.pool(self.hidden(ids), lengths))
+
+    with patched(GPT, '__init__', start), patched(GPT, 'classify', classify):
+        path, _ = train('--data', topics(), *SCRATCH, '--full', *STEPS)
+        raises(UserError, train, '--init', path, '--data', others(), *STILL, match='no row per')
+
+
 def test_init_knows_what_the_first_run_saw():
     """eval.py counts the texts that the first run was trained on, and training says so."""
     path, rows = first('lora'), read_table(topics())[0]
